@@ -1,0 +1,1255 @@
+"""CADA: one threshold for every class. https://arxiv.org/abs/2404.00724 (DOCSTRING LATER)"""
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from PIL import Image, ImageOps
+from scipy import ndimage
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
+from torch.utils.data import DataLoader, Dataset
+from torchvision.models.resnet import BasicBlock, conv1x1, conv3x3
+from torchvision.transforms.functional import gaussian_blur
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+
+
+# ==== shared: errors and files
+class UserError(Exception):
+    """A mistake the user can mend. main() prints its one line and exits with code 2."""
+
+
+@contextmanager
+def atomic(path: Path):
+    """Yield a temporary path beside `path`; it takes the name `path` only if the block succeeds.
+
+    Raises UserError when the file cannot be written (no permission, full disk).
+    """
+    partial = path.with_name("partial-" + path.name)  # keeps the suffix: savers read it
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as e:  # torch.save reports a full disk as a RuntimeError
+        reason = "the disk is full or not writable" if isinstance(e, RuntimeError) else e.strerror
+        raise UserError(f"cannot write {path}: {reason}; free the space or choose another --out")
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def one_line(error: Exception) -> str:
+    """What to tell the user about an error, in one line; a bug of ours is raised again, unchanged.
+
+    Out of memory has many faces: CUDA and MPS have their own messages, a CPU tensor another one.
+    """
+    text = str(error)
+    if isinstance(error, UserError):
+        return text
+    if isinstance(error, MemoryError) or any(k in text.lower() for k in (
+            "out of memory", "can't allocate memory", "not enough memory")):
+        return "out of memory; lower --batch-size or --image-size, or use --cache disk"
+    raise error
+# ==== end shared
+
+
+# ==== shared: options
+def option(default, help: str, choices: tuple | None = None):
+    """A field of Config that is also a command-line flag; its help text is its documentation."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that reports a wrong flag in one line, like every other mistake."""
+
+    def error(self, message):
+        raise UserError(f"{message}; see --help")
+
+
+def parse_args(argv, config: type, description: str) -> tuple[str, list[str], dict]:
+    """Read `[train|eval|predict] [PATH ...] [--flag value ...]`.
+
+    Returns (command, paths, given): `given` holds only the flags that stand on the command line,
+    so that a default can depend on the data set, and a checkpoint can say what must not change.
+    """
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", metavar="train|eval|predict [PATH ...]",
+                        help="what to do (default: train); predict takes images or folders")
+    for f in fields(config):
+        kind = {"int": int, "float": float}.get(f.type, str)
+        how = {"action": "store_true"} if f.type == "bool" else {
+            "type": kind, "choices": f.metadata["choices"],
+            "metavar": None if f.metadata["choices"] else kind.__name__.upper()}
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
+                            help=f.metadata["help"], **how)
+    given = vars(parser.parse_intermixed_args(argv))
+    words = given.pop("words")
+    command = words.pop(0) if words else "train"
+    if command not in ("train", "eval", "predict"):
+        raise UserError(f"unknown command {command!r}; use train, eval or predict")
+    if words and command != "predict":
+        raise UserError(f"{command} takes no PATH ({words[0]!r}); name the data set with --data")
+    if command == "predict" and not words:
+        raise UserError("predict needs at least one image or folder")
+    return command, words, given
+
+
+def choose_data(given: str | None) -> tuple[Path, str]:
+    """The data set's folder and why it was chosen: --data, else data/mvtec, data/visa, data/demo."""
+    if given is not None:
+        return Path(given), "given by --data"
+    for name in ("mvtec", "visa"):
+        if (HERE / "data" / name).is_dir():
+            return HERE / "data" / name, f"found data/{name}"
+    return HERE / "data/demo", ("no data/mvtec and no data/visa here, so the small procedural "
+                                "demo set; data/README.md tells where to get the real ones")
+
+
+def choose_device(name: str) -> torch.device:
+    """Turn --device into a torch device. Raises UserError if this machine does not have it."""
+    have = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next(d for d in ("cuda", "mps", "cpu") if have[d])
+    if not have[name]:
+        raise UserError(f"--device {name}: this machine has none that PyTorch can use; "
+                        "use --device auto or --device cpu")
+    if name == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
+        torch.backends.cudnn.deterministic = True  # one seed, one result
+    return torch.device(name)
+
+
+def autocast(device: torch.device):
+    """bf16 on CUDA, full precision elsewhere: on a CPU or on MPS bf16 gains little or nothing."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def progress(items, what: str, **more):
+    """A progress bar with ETA on a terminal, silence elsewhere (a log file, a pipe, a test)."""
+    return tqdm(items, desc=what, disable=None, leave=False, dynamic_ncols=True, **more)
+# ==== end shared
+
+
+# ---- settings ------------------------------------------------------------------------------------
+@dataclass
+class Config:
+    """Every flag. The defaults are the published settings, for MVTec AD and VisA."""
+
+    data: str = option(None, "data set folder; default: data/mvtec, else data/visa, else data/demo")
+    out: str = option("runs/cada", "folder for everything that is written")
+    seed: int = option(0, "seed of weights, batches and CADA's training")
+    device: str = option("auto", "where to run", ("auto", "cpu", "cuda", "mps"))
+    teacher: str = option("wide_resnet50_2", "frozen torchvision ResNet [author]")
+    weights: str = option("IMAGENET1K_V1", "its weights: torchvision tag, local file, or none "
+                          "(random) [author]")
+    image_size: int = option(256, "images are squashed to a square of so many pixels [author]")
+    batch_size: int = option(16, "images a training step [author]")
+    iters: int = option(5000, "training steps of the detector [author]")
+    lr: float = option(2e-3, "AdamW learning rate of the detector, x 0.2 at 80 %% of iters [author]")
+    loss: str = option("flat", "cosine of a whole flattened layer [author] or by position [ours]",
+                       ("flat", "position"))
+    quantile: float = option(0.99, "share of normal training scores at or below the threshold [ours]")
+    cache: str = option("auto", "teacher features in memory, in a temporary file, or computed anew; "
+                        "auto: ram if half of the free memory holds them [ours]",
+                        ("auto", "ram", "disk", "off"))
+    checkpoint: str = option(None, "checkpoint to read (eval, predict, --resume); default: "
+                             "checkpoint.pt in --out")
+    resume: bool = option(False, "go on from the checkpoint of an interrupted training")
+    workers: int = option(4, "processes that read images")
+
+
+# What replaces the defaults on the demo set, so that two CPU cores do it in minutes. [ours]
+DEMO = {"teacher": "resnet18", "weights": "none", "image_size": 128, "iters": 400, "workers": 0}
+# Flags that may differ between a checkpoint and the command that reads it.
+FREE = ("data", "out", "device", "cache", "checkpoint", "resume", "workers", "weights")
+
+
+# ==== shared: data
+SUFFIXES = {s for s, f in Image.registered_extensions().items() if f in Image.OPEN}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image. `cls` serves the report and the oracle only; no model ever sees it."""
+
+    path: Path
+    cls: str
+    label: int  # 0 normal, 1 anomalous: from the folder (a resized mask can lose a tiny defect)
+    mask: Path | None = None
+
+
+def images_in(folder: Path, recursive: bool = False) -> list[Path]:
+    """Image files below `folder` in name order, hidden ones (macOS leaves some) left out."""
+    found = folder.rglob("*") if recursive else folder.glob("*")
+    return sorted(p for p in found if p.suffix.lower() in SUFFIXES and p.name[0] != "."
+                  and p.is_file())
+
+
+def pair_masks(images: list[Path], folder: Path) -> dict[Path, Path]:
+    """Match masks to images by stem (`000` with `000_mask` or `000`), never by sort order.
+
+    Raises UserError for an image without mask, a mask without image, or two of one stem.
+    """
+    by_stem = {}
+    for path in images_in(folder):
+        if by_stem.setdefault(path.stem.removesuffix("_mask"), path) != path:
+            raise UserError(f"two masks for one image: {path}; remove one")
+    pairs = {image: by_stem.pop(image.stem, None) for image in images}
+    for image, mask in pairs.items():
+        if mask is None:
+            raise UserError(f"no mask for {image}; expected {folder / image.stem}_mask.png "
+                            "(give every defective image a mask, or remove all ground_truth)")
+    for mask in by_stem.values():
+        raise UserError(f"mask without image: {mask}; remove it or add the image")
+    return pairs
+
+
+def read_mvtec(root: Path) -> tuple[list[Sample], list[Sample]]:
+    """Read an MVTec-style tree: <class>/{train/good,test/<kind>,ground_truth/<kind>}/*."""
+    one = (root / "train").is_dir()  # the folder of a single class is a data set too
+    classes = [root.resolve()] if one else sorted(d for d in root.iterdir() if (d / "train").is_dir())
+    has_masks = any(images_in(d / "ground_truth", recursive=True) for d in classes)
+    train, test = [], []
+    for d in classes:
+        normal = images_in(d / "train/good")
+        if not normal:
+            raise UserError(f"no training images in {d / 'train/good'}; put normal images there")
+        train += [Sample(p, d.name, 0) for p in normal]
+        for kind in sorted(k for k in d.glob("test/*") if k.is_dir()):
+            images, label = images_in(kind), int(kind.name != "good")
+            masks = pair_masks(images, d / "ground_truth" / kind.name) if label and has_masks else {}
+            test += [Sample(p, d.name, label, masks.get(p)) for p in images]
+    return train, test
+
+
+def read_visa(root: Path) -> tuple[list[Sample], list[Sample]]:
+    """Read the raw VisA archive by its own split file, split_csv/1cls.csv."""
+    splits = {"train": [], "test": []}
+    with open(root / "split_csv/1cls.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            label = int(row["label"] != "normal")
+            if label and not row["mask"]:
+                raise UserError(f"no mask for {row['image']} in {file.name}; add it")
+            mask = root / row["mask"] if label else None
+            sample = Sample(root / row["image"], row["object"], label, mask)
+            splits.setdefault(row["split"], []).append(sample)
+    return splits["train"], splits["test"]
+
+
+def read_dataset(root: Path) -> tuple[list[Sample], list[Sample]]:
+    """Find out the layout of `root` and return (train, test) samples, all checked to be readable.
+
+    Raises UserError that names the folder or file and the remedy.
+    """
+    if not root.is_dir():
+        raise UserError(f"--data {root}: no such folder")
+    read = read_visa if (root / "split_csv/1cls.csv").is_file() else read_mvtec
+    train, test = read(root)
+    for part, samples in (("training", train), ("test", test)):
+        if not samples:
+            raise UserError(f"--data {root}: no {part} images; expected <class>/train/good/* and "
+                            "<class>/test/*/* or split_csv/1cls.csv, see data/README.md")
+    check_samples(train + test)
+    return train, test
+
+
+def check_samples(samples: list[Sample]) -> None:
+    """Decode every file once: a broken one must stop the run before the training, not after."""
+    def check(sample):
+        size = load_image(sample.path).size
+        if sample.mask and load_mask(sample.mask).shape != size[::-1]:
+            raise UserError(f"mask {sample.mask} has another size than its image "
+                            f"({size[0]} x {size[1]}); redraw it at that size")
+
+    with ThreadPoolExecutor() as pool:  # threads suffice: Pillow decodes without the GIL
+        list(progress(pool.map(check, samples), "checking images", total=len(samples)))
+
+
+def load_image(path: Path) -> Image.Image:
+    """Any image file as 8-bit RGB, upright. Raises UserError if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode == "F":
+                raise ValueError("32-bit float pixels have no fixed range, save it in 8 or 16 bits")
+            if image.mode.startswith("I"):  # 16-bit grey: convert() alone would clip it to white
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        reason = "no such file" if isinstance(e, FileNotFoundError) else e
+        raise UserError(f"cannot read image {path}: {reason}; repair, replace or remove it")
+
+
+def load_mask(path: Path) -> np.ndarray:
+    """A ground-truth mask as (H, W) bool. Anything but 0 is a defect: VisA's are indices 1-9."""
+    try:
+        with Image.open(path) as image:
+            mask = np.asarray(image.convert("RGB") if image.mode in ("RGBA", "LA") else image) != 0
+    except (OSError, SyntaxError, ValueError) as e:
+        raise UserError(f"cannot read mask {path}: {e}; repair or replace it")
+    return mask.any(-1) if mask.ndim == 3 else mask
+
+
+def load_masks(samples: list[Sample], size: int) -> torch.Tensor | None:
+    """Ground truth as (N, size, size) bool, or None for a set without masks.
+
+    Binarised first and resized (nearest neighbour) after: the other way round thin defects blur.
+    """
+    if not any(s.mask for s in samples):
+        return None
+    masks = torch.zeros(len(samples), size, size, dtype=torch.bool)
+    for i, s in enumerate(samples):
+        if s.mask:
+            small = Image.fromarray(load_mask(s.mask)).resize((size, size), Image.NEAREST)
+            masks[i] = torch.from_numpy(np.asarray(small).copy())
+    return masks
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """What the teacher expects: a square of `size` pixels, channels normalised."""
+
+    size: int
+    mean: tuple = (0.485, 0.456, 0.406)  # ImageNet
+    std: tuple = (0.229, 0.224, 0.225)
+    resample: int = Image.BILINEAR
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """An RGB image of any shape, squashed to (3, size, size) float32."""
+        image = image.resize((self.size, self.size), self.resample)
+        x = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+        return (x - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
+
+
+class Images(Dataset):
+    """Preprocessed images of a list of paths."""
+
+    def __init__(self, paths: list[Path], preprocess: Preprocess):
+        self.paths, self.preprocess = paths, preprocess
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        return self.preprocess(load_image(self.paths[i]))
+# ==== end shared
+
+
+# ---- frozen teacher ------------------------------------------------------------------------------
+def resnet_names() -> list[str]:
+    """The torchvision models that can be a teacher."""
+    kinds = ("resnet", "wide_resnet", "resnext")
+    return [n for n in torchvision.models.list_models() if n.startswith(kinds)]
+
+
+class Teacher(nn.Module):
+    """A ResNet up to layer3, frozen: no gradients, always in eval mode. [author]
+
+    forward: (B, 3, S, S) -> [(B, C1, S/4, S/4), (B, C2, S/8, S/8), (B, C3, S/16, S/16)], float16.
+    Half precision always, cached or not, so that --cache changes the time and nothing else.
+    layer4 is no part of the method [author], so it is not run.
+    Raises UserError for an unknown name and for weights that cannot be had or do not fit.
+    """
+
+    def __init__(self, name: str, weights: str, seed: int):
+        super().__init__()
+        if name not in resnet_names():
+            raise UserError(f"--teacher {name}: unknown; choose one of {', '.join(resnet_names())}")
+        self.random = weights == "none"
+        with torch.random.fork_rng():  # the teacher's numbers must not depend on what ran before
+            torch.manual_seed(seed)
+            resnet = torchvision.models.get_model(name, weights=None)
+        self.stem = nn.Sequential(resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool)
+        self.layer1, self.layer2, self.layer3 = resnet.layer1, resnet.layer2, resnet.layer3
+        if not self.random:
+            resnet.load_state_dict(resnet_weights(name, weights, resnet))
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True):
+        """Stay in eval mode whatever the parent module does: the BatchNorm statistics are frozen."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, x):
+        with autocast(x.device):
+            f1 = self.layer1(self.stem(x))
+            f2 = self.layer2(f1)
+            f3 = self.layer3(f2)
+        return [f.half() for f in (f1, f2, f3)]
+
+    @torch.no_grad()
+    def estimate_batchnorm(self, batches) -> None:
+        """Give a random teacher the BatchNorm statistics of the training images. [ours]
+
+        Fresh statistics (mean 0, variance 1) let the activations of a random ResNet drift from
+        layer to layer until all images look alike. momentum=None is the plain average over batches.
+        """
+        norms = [m for m in self.modules() if isinstance(m, nn.BatchNorm2d)]
+        for m in norms:
+            m.train()
+            m.momentum = None
+            m.reset_running_stats()
+        for x in batches:
+            self(x)
+        for m in norms:
+            m.eval()
+
+    def identity(self) -> str:
+        """A hash of the weights: a checkpoint fits only the teacher that it was trained with."""
+        digest = hashlib.sha256()
+        for key, value in sorted(self.state_dict().items()):
+            digest.update(key.encode() + value.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def resnet_weights(name: str, weights: str, resnet: nn.Module) -> dict:
+    """The state dict behind --weights: a local file, else a torchvision tag (downloaded once)."""
+    remedy = "give a local file with --weights FILE, or --weights none for a random teacher"
+    if Path(weights).is_file():
+        try:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+            resnet.load_state_dict(state)
+        except Exception as e:  # torch.load raises many kinds for a file that is no state dict
+            raise UserError(f"--weights {weights} does not fit {name}: "
+                            f"{' '.join(str(e).split())[:200]}; {remedy}")
+        return state
+    tags = {w.name: w for w in torchvision.models.get_model_weights(name)}
+    if weights not in tags:
+        raise UserError(f"--weights {weights}: neither a file nor one of {', '.join(tags)}; {remedy}")
+    try:
+        return tags[weights].get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
+    except (OSError, RuntimeError) as e:  # URLError is an OSError; a wrong hash a RuntimeError
+        raise UserError(f"--weights {weights}: cannot download {tags[weights].url} ({e}); {remedy}")
+
+
+# ---- RevDist student -----------------------------------------------------------------------------
+def halve(channels_in: int, channels_out: int) -> nn.Sequential:
+    """3x3 convolution, stride 2: (B, in, H, W) -> (B, out, H/2, W/2)."""
+    return nn.Sequential(conv3x3(channels_in, channels_out, stride=2),
+                         nn.BatchNorm2d(channels_out), nn.ReLU(inplace=True))
+
+
+def residual_stage(like: nn.Module, inputs: int, planes: int, depth: int, up: bool) -> nn.Sequential:
+    """`depth` residual blocks of the teacher's own kind; the first halves or doubles the resolution.
+
+    A stage that doubles is the teacher's stage mirrored: where the first block had a stride-2
+    convolution it has a 2x2 transposed one, in the main path and in the shortcut. [author]
+    """
+    block, outputs = type(like.layer1[0]), planes * type(like.layer1[0]).expansion
+    width = {} if block is BasicBlock else {"groups": like.groups, "base_width": like.base_width}
+    if up:
+        shortcut = nn.ConvTranspose2d(inputs, outputs, 2, stride=2, bias=False)
+    else:
+        shortcut = conv1x1(inputs, outputs, stride=2)
+    first = block(inputs, planes, 1 if up else 2,
+                  nn.Sequential(shortcut, nn.BatchNorm2d(outputs)), **width)
+    if up:
+        name = "conv1" if block is BasicBlock else "conv2"  # where that block kind has its stride
+        conv = getattr(first, name)
+        setattr(first, name, nn.ConvTranspose2d(conv.in_channels, conv.out_channels, 2, stride=2,
+                                                groups=conv.groups, bias=False))
+    return nn.Sequential(first, *(block(outputs, planes, **width) for _ in range(depth - 1)))
+
+
+class Student(nn.Module):
+    """Fusion, one-class bottleneck and mirrored decoder: what RevDist trains. [author]
+
+    forward: the teacher's [(B, C1, S/4, S/4), (B, C2, S/8, S/8), (B, C3, S/16, S/16)] -> the same
+    shapes, reproduced from a code of (B, 2 * C3, S/32, S/32). 83.80 M parameters for
+    wide_resnet50_2.
+    """
+
+    def __init__(self, teacher_name: str):
+        super().__init__()
+        with torch.device("meta"):  # only its layout is read, so no memory is spent on it
+            like = torchvision.models.get_model(teacher_name, weights=None)
+        e = type(like.layer1[0]).expansion
+        c1, c2, c3 = 64 * e, 128 * e, 256 * e
+        self.fuse1 = nn.Sequential(halve(c1, c2), halve(c2, c3))
+        self.fuse2 = halve(c2, c3)
+        self.bottleneck = residual_stage(like, 3 * c3, 512, len(like.layer4), up=False)
+        self.decode3 = residual_stage(like, 2 * c3, 256, len(like.layer1), up=True)
+        self.decode2 = residual_stage(like, c3, 128, len(like.layer2), up=True)
+        self.decode1 = residual_stage(like, c2, 64, len(like.layer3), up=True)
+        for m in self.modules():
+            if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, features):
+        f1, f2, f3 = features
+        code = self.bottleneck(torch.cat([self.fuse1(f1), self.fuse2(f2), f3], dim=1))
+        d3 = self.decode3(code)
+        d2 = self.decode2(d3)
+        return [self.decode1(d2), d2, d3]
+
+
+class RevDist(nn.Module):
+    """Reverse distillation, the detector under CADA: M(h,w) = mean over layers of 1 - cos(e, d).
+
+    This is all that the rest of the file knows of a detector: `encode` gives the frozen features of
+    images, `loss` trains on them, `describe` turns them into pooled features and a raw anomaly map.
+    """
+
+    def __init__(self, cfg: "Config"):
+        super().__init__()
+        self.preprocess = Preprocess(cfg.image_size)
+        self.flat = cfg.loss == "flat"
+        self.encode = Teacher(cfg.teacher, cfg.weights, cfg.seed)
+        self.student = Student(cfg.teacher)
+
+    def decode(self, features):
+        """The student's version of the teacher's features, both in float32 for the cosines."""
+        # channels_last: the decoder trained 5 times faster with it on two CPU cores.
+        encoded = [f.float().contiguous(memory_format=torch.channels_last) for f in features]
+        with autocast(features[0].device):
+            decoded = self.student(encoded)
+        return encoded, [d.float() for d in decoded]
+
+    def loss(self, features):
+        """Sum over layers of 1 - cosine: each layer one long vector of C*H*W [author], or by
+        position and averaged (--loss position) [ours]. Returns a scalar in 0..6."""
+        start = 1 if self.flat else 2  # flatten (B, C, H, W) from C on, or (B, C, H*W) from H on
+        return sum((1 - F.cosine_similarity(e.flatten(start), d.flatten(start), dim=1)).mean()
+                   for e, d in zip(*self.decode(features)))
+
+    def describe(self, features):
+        """Teacher features -> (pooled (B, C1+C2+C3), raw anomaly map (B, S, S) in 0..2).
+
+        Pooled over the whole image, frozen features tell the class and hardly feel a local defect:
+        that is why CADA reads these and not the student's.
+        """
+        size, maps = (self.preprocess.size,) * 2, 0
+        for e, d in zip(*self.decode(features)):
+            m = 1 - F.cosine_similarity(e, d, dim=1)[:, None]  # (B, 1, h, w)
+            maps = maps + F.interpolate(m, size, mode="bilinear", align_corners=True)[:, 0] / 3
+        return torch.cat([f.float().mean((2, 3)) for f in features], dim=1), maps
+
+
+# ---- CADA ----------------------------------------------------------------------------------------
+class CADA(nn.Module):
+    """From an image's pooled features predict (u, gamma) of its class; normalise maps by them.
+
+    Placeholder design: plain regressor.
+    """
+
+    def __init__(self, in_features: int):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(in_features, 256), nn.GELU(), nn.Dropout(0.1),
+                                 nn.Linear(256, 2))
+        for name, shape in (("mean", in_features), ("std", in_features), ("t_mean", 2), ("t_std", 2)):
+            self.register_buffer(name, torch.zeros(shape))
+
+    def forward(self, features):
+        return self.net((features - self.mean) / self.std) * self.t_std + self.t_mean
+
+    def fit(self, features, maps, seed: int = 0):
+        flat = maps.flatten(1)
+        u, gamma = flat.mean(1), flat.amax(1)
+        targets = torch.stack([u, gamma - u], 1).log()
+        self.mean, self.std = features.mean(0), features.std(0) + 1e-6
+        self.t_mean, self.t_std = targets.mean(0), targets.std(0) + 1e-6
+        torch.manual_seed(seed)
+        opt = torch.optim.AdamW(self.parameters(), 1e-3, weight_decay=1e-2)
+        self.train()
+        for _ in range(1000):
+            i = torch.randint(len(features), (32,))
+            loss = F.smooth_l1_loss((self(features[i]) - self.t_mean) / self.t_std,
+                                    (targets[i] - self.t_mean) / self.t_std)
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+        return self.eval()
+
+    @torch.no_grad()
+    def predict(self, features):
+        out = self(features).exp()
+        return out[:, 0], out[:, 0] + out[:, 1]
+
+    def align(self, features, maps):
+        return normalise(maps, *self.predict(features))
+
+
+def normalise(maps, u, gamma):
+    """A' = (A - u) / (gamma - u), image by image: (N, H, W), (N,), (N,) -> (N, H, W). [author]"""
+    return (maps - u[:, None, None]) / (gamma - u)[:, None, None]
+
+
+# ==== shared: map and score
+def smooth(maps: torch.Tensor) -> torch.Tensor:
+    """Gaussian blur of (N, H, W) maps, sigma 4 pixels at 256 x 256 and in proportion elsewhere.
+
+    Replicate padding keeps a constant map constant, and the kernel sums to one: so blurring commutes
+    with any (A - a) / b, and it does not matter that papers normalise first and blur after.
+    """
+    sigma = 4 * maps.shape[-1] / 256
+    r = math.ceil(4 * sigma)
+    x = F.pad(maps[:, None], (r, r, r, r), mode="replicate")
+    for kernel in ((1, 2 * r + 1), (2 * r + 1, 1)):  # one axis after the other: 2k taps, not k * k
+        x = gaussian_blur(x, kernel, [sigma, sigma])
+    return x[:, 0, r:-r, r:-r]
+
+
+def image_score(maps: torch.Tensor) -> torch.Tensor:
+    """Mean of the highest 1 % of each map: (N, H, W) -> (N,). [author]"""
+    flat = maps.flatten(1)
+    return flat.topk(max(1, flat.shape[1] // 100), dim=1).values.mean(1)
+# ==== end shared
+
+
+# ==== shared: metrics
+def image_metrics(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """I-AUROC, I-AP, I-F1max in 0..1 of (N,) scores and 0/1 labels; NaN if one label is missing."""
+    if labels.min() == labels.max():
+        return dict.fromkeys(("I-AUROC", "I-AP", "I-F1max"), math.nan)
+    precision, recall, _ = precision_recall_curve(labels, scores)
+    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+    return {"I-AUROC": roc_auc_score(labels, scores), "I-AP": average_precision_score(labels, scores),
+            "I-F1max": f1.max()}
+
+
+def region_weights(masks: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """1 / area of its 8-connected region for every anomalous pixel, 0 elsewhere; number of regions."""
+    weights, regions = torch.zeros(masks.shape), 0
+    for i in masks.flatten(1).any(1).nonzero().flatten().tolist():
+        labelled, n = ndimage.label(masks[i].numpy(), np.ones((3, 3)))
+        weight = 1 / np.bincount(labelled.ravel())
+        weight[0] = 0  # label 0 is the background
+        weights[i], regions = torch.from_numpy(weight[labelled]), regions + n
+    return weights, regions
+
+
+def pixel_metrics(maps: torch.Tensor, masks: torch.Tensor, device=torch.device("cpu")) -> dict[str, float]:
+    """P-AUROC, P-AP, P-F1max, AUPRO in 0..1 of (N, H, W) maps and bool masks, all from one sort.
+
+    Every distinct value is a threshold. AUPRO is the mean overlap with the ground-truth regions
+    against the pixel false-positive rate, up to 0.3. Sums are float64: float32 loses integers above
+    2^24. Memory: about 70 bytes a pixel (13 M pixels, VisA's largest class at 256 x 256: 0.9 GB).
+    NaN if a label is missing.
+    """
+    device = "cpu" if device.type == "mps" else device  # MPS has no float64
+    weights, regions = region_weights(masks)
+    scores, order = maps.flatten().to(device).sort(descending=True)
+    weights = weights.flatten().to(device)[order]
+    del order
+    ends = torch.ones_like(scores, dtype=torch.bool)  # the last pixel of each run of equal scores
+    ends[:-1] = scores[1:] != scores[:-1]
+    tp = (weights > 0).cumsum(0)[ends].double()
+    overlap = weights.cumsum(0, dtype=torch.float64)[ends] / max(regions, 1)
+    flagged = ends.nonzero()[:, 0].double() + 1  # pixels at or above each threshold
+    fp, positives = flagged - tp, tp[-1].item()
+    negatives = fp[-1].item()
+    if not positives or not negatives:
+        return dict.fromkeys(("P-AUROC", "P-AP", "P-F1max", "AUPRO"), math.nan)
+    start = torch.zeros(1, dtype=torch.float64, device=device)  # every curve begins at the origin
+    tpr, fpr, overlap = (torch.cat([start, c]) for c in (tp / positives, fp / negatives, overlap))
+    inside = int((fpr <= 0.3).sum())
+    part = (0.3 - fpr[inside - 1]) / (fpr[inside] - fpr[inside - 1])  # 0.3 lies inside a segment
+    edge = overlap[inside - 1] + part * (overlap[inside] - overlap[inside - 1])
+    below = torch.trapezoid(overlap[:inside], fpr[:inside])
+    below = below + (0.3 - fpr[inside - 1]) * (overlap[inside - 1] + edge) / 2
+    return {"P-AUROC": torch.trapezoid(tpr, fpr).item(),
+            "P-AP": (tpr.diff() * tp / flagged).sum().item(),
+            "P-F1max": (2 * tp / (flagged + positives)).max().item(),
+            "AUPRO": below.item() / 0.3}
+
+
+def summarise(scores, labels, classes, maps=None, masks=None, device=torch.device("cpu")) -> dict:
+    """All metrics by both protocols: {"pooled": {}, "class_mean": {}, "per_class": {class: {}}}.
+
+    pooled: all classes in one ranking, as one threshold sees them (absolute-unified).
+    class_mean: a ranking per class, then the unweighted mean (model-unified); a class without good
+    or without defective images has no such metric (NaN) and does not count.
+    """
+    def metrics(rows):
+        found = image_metrics(scores[rows], labels[rows])
+        return found | ({} if masks is None else pixel_metrics(maps[rows], masks[rows], device))
+
+    per_class = {c: metrics(np.flatnonzero(classes == c)) for c in sorted(set(classes))}
+    pooled = metrics(np.arange(len(scores)))
+    mean = {}
+    for key in pooled:
+        values = [m[key] for m in per_class.values() if not math.isnan(m[key])]
+        mean[key] = sum(values) / len(values) if values else math.nan
+    return {"pooled": pooled, "class_mean": mean, "per_class": per_class}
+# ==== end shared
+
+
+# ==== shared: feature cache
+def free_memory() -> int | None:
+    """Bytes of memory that can be had without swapping, or None where the system does not tell."""
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if "MemAvailable" in line)
+    except OSError:
+        return None
+
+
+class FeatureCache(Dataset):
+    """The teacher's features of all training images, computed once, float16.
+
+    Training uses no augmentation, so every epoch would compute the same ones again. One float16
+    array (N, values per image), in memory or in an unnamed file in `folder`: it goes with the
+    process, even a killed one, so it can never be stale. Indexed with a list of images it gives
+    the same list of layers, (B, ...) each, as the teacher itself.
+    """
+
+    def __init__(self, encode, images: Images, where: str, folder: Path, batches):
+        first = encode(next(iter(batches)))
+        self.shapes = [f.shape[1:] for f in first]
+        shape = (len(images), sum(s.numel() for s in self.shapes))
+        size, free = 2 * shape[0] * shape[1], free_memory()
+        if where == "auto":
+            where = "ram" if free is not None and size < free / 2 else "disk"
+        print(f"cache: {len(images)} images, {size / 2**30:.2f} GiB of teacher features in "
+              + ("memory" if where == "ram" else f"a temporary file in {folder}"), file=sys.stderr)
+        self.array = np.empty(shape, np.float16) if where == "ram" else self.on_disk(folder, shape)
+        row = 0
+        for x in progress(batches, "teacher features"):
+            values = torch.cat([f.flatten(1) for f in encode(x)], dim=1).cpu().numpy()
+            self.array[row:row + len(values)] = values
+            row += len(values)
+
+    @staticmethod
+    def on_disk(folder: Path, shape) -> np.ndarray:
+        """A float16 array in a file without a name. Raises UserError when the disk is too small."""
+        size = 2 * shape[0] * shape[1]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if shutil.disk_usage(folder).free < size:
+                raise OSError("no space left")
+            file = tempfile.TemporaryFile(dir=folder)
+            if hasattr(os, "posix_fallocate"):  # else a full disk would kill the process (SIGBUS)
+                os.posix_fallocate(file.fileno(), 0, size)
+            return np.memmap(file, np.float16, "r+", shape=shape)
+        except OSError as e:
+            raise UserError(f"--cache disk: cannot reserve {size / 2**30:.1f} GiB in {folder} ({e}); "
+                            "free the space, choose another --out, or use --cache off")
+
+    def __len__(self):
+        return len(self.array)
+
+    def __getitems__(self, rows):  # DataLoader fetches a whole batch by this, not image by image
+        batch = torch.from_numpy(self.array[rows])
+        parts = batch.split([s.numel() for s in self.shapes], dim=1)
+        return [p.unflatten(1, s) for p, s in zip(parts, self.shapes)]
+
+
+def feature_batches(source, batches, encode, device, workers: int):
+    """Yield the teacher's features for lists of indices, from the cache or (--cache off) anew."""
+    cached = isinstance(source, FeatureCache)
+    loader = DataLoader(source, batch_sampler=batches, pin_memory=device.type == "cuda",
+                        num_workers=0 if cached else workers,
+                        collate_fn=(lambda parts: parts) if cached else None)
+    for item in loader:
+        if cached:
+            yield [f.to(device, non_blocking=True) for f in item]
+        else:
+            yield encode(to_device(item, device))
+
+
+def to_device(images: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy an image batch to the device, in the layout that convolutions are fast in."""
+    return images.to(device, memory_format=torch.channels_last, non_blocking=True)
+
+
+def in_order(n: int, batch_size: int) -> list[list[int]]:
+    """0..n-1 in consecutive batches, the last one smaller."""
+    return [list(range(i, min(i + batch_size, n))) for i in range(0, n, batch_size)]
+
+
+def shuffled(n: int, batch_size: int, steps: int, seed: int) -> list[list[int]]:
+    """The batches of a whole training run, epoch after epoch, decided by the seed alone: so a
+    resumed run goes on with exactly the batches that it would have had."""
+    generator = torch.Generator().manual_seed(seed)
+    epochs = math.ceil(steps * batch_size / n)
+    order = torch.cat([torch.randperm(n, generator=generator) for _ in range(epochs)])
+    return order[:steps * batch_size].view(steps, batch_size).tolist()
+# ==== end shared
+
+
+# ==== shared: checkpoint
+def random_states() -> dict:
+    """The states of PyTorch's random generators (dropout draws from them)."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_states(states: dict) -> None:
+    """Undo what ran since random_states(); the GPUs' states only where there are as many GPUs."""
+    torch.set_rng_state(states["cpu"])
+    if states["cuda"] and torch.cuda.device_count() == len(states["cuda"]):
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def save_checkpoint(path: Path, content: dict) -> None:
+    """Write tensors and plain values, whole or not at all: a kill never leaves half a file."""
+    with atomic(path) as partial:
+        torch.save(content, partial)
+
+
+def load_checkpoint(path: Path, script: str) -> dict:
+    """Read what save_checkpoint() wrote. Raises UserError if it is not a checkpoint of `script`."""
+    if not path.is_file():
+        raise UserError(f"--checkpoint {path}: no such file; train first, or name another")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # torch.load raises many kinds for a file that it cannot read
+        raise UserError(f"--checkpoint {path} is not a checkpoint ({type(e).__name__}); "
+                        f"name one that {script}.py wrote")
+    if not isinstance(content, dict) or content.get("script") != script:
+        raise UserError(f"--checkpoint {path} was not written by {script}.py; name one that was")
+    return content
+
+
+def stored_config(content: dict, given: dict, free: tuple, path: Path) -> dict:
+    """The checkpoint's settings with the flags in `free` taken from the command line.
+
+    Raises UserError for any other flag: the numbers would no longer be those of the checkpoint.
+    """
+    for name, value in given.items():
+        if name not in free and value != content["config"].get(name):
+            raise UserError(f"--{name.replace('_', '-')} {value}: {path} was trained with "
+                            f"{content['config'].get(name)}; drop the flag or train anew")
+    return content["config"] | {k: v for k, v in given.items() if k in free}
+
+
+def check_teacher(encode, content: dict, path: Path) -> None:
+    """Give a random teacher its stored weights; of any other, compare the identity.
+
+    Raises UserError if the teacher at hand is not the one the checkpoint was trained with.
+    """
+    if content["teacher"]["state"] is not None:
+        encode.load_state_dict(content["teacher"]["state"])
+    if encode.identity() != content["teacher"]["identity"]:
+        raise UserError(f"--checkpoint {path} was trained with another teacher than these weights; "
+                        "give the ones it was trained with (--weights)")
+# ==== end shared
+
+
+# ==== shared: report
+def versions() -> dict[str, str]:
+    """What the numbers were made with."""
+    names = {"torch": torch, "torchvision": torchvision, "numpy": np}
+    return {"python": platform.python_version()} | {n: m.__version__ for n, m in names.items()}
+
+
+def without_nan(value):
+    """NaN is no JSON: an undefined metric becomes null."""
+    if isinstance(value, dict):
+        return {k: without_nan(v) for k, v in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def table(results: dict[str, dict]) -> str:
+    """Class by class, then class mean and pooled; one line a variant (raw, cada, oracle), in %."""
+    first = next(iter(results.values()))
+    rows = [(c, lambda r, c=c: r["per_class"][c]) for c in first["per_class"]]
+    rows += [("class mean", lambda r: r["class_mean"]), ("pooled", lambda r: r["pooled"])]
+    width = max(len(name) for name, _ in rows)
+    lines = [" " * (width + 9) + "".join(f"{key:>9}" for key in first["pooled"])]
+    for name, pick in rows:
+        for i, (variant, result) in enumerate(results.items()):
+            values = ("        -" if math.isnan(v) else f"{100 * v:9.1f}" for v in pick(result).values())
+            lines.append(f"{'' if i else name:<{width}}  {variant:<7}" + "".join(values))
+    return "\n".join(lines)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write one JSON file, whole or not at all."""
+    with atomic(path) as partial:
+        partial.write_text(json.dumps(without_nan(content), indent=2) + "\n")
+
+
+def write_scores(path: Path, samples: list[Sample], columns: dict[str, np.ndarray]) -> None:
+    """One row a test image: path, class, label, then the columns given."""
+    with atomic(path) as partial, open(partial, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "class", "label", *columns])
+        for i, s in enumerate(samples):
+            writer.writerow([s.path, s.cls, s.label, *(c[i].item() for c in columns.values())])
+
+
+def save_figure(path: Path, figure) -> None:
+    """Write a PNG, whole or not at all."""
+    with atomic(path) as partial:
+        figure.savefig(partial, dpi=110, bbox_inches="tight", facecolor="white")
+
+
+def plot_heatmaps(path: Path, samples, masks, maps: dict[str, tuple]) -> None:
+    """A row a class: one good and one defective image (the middle ones of the class's lists, not
+    picked by hand), each with its ground truth and each of `maps`: {title: (maps, full scale)}.
+
+    Every map of a column is drawn on one scale, 0 to full scale: scaling each image by itself would
+    paint good images red.
+    """
+    classes = sorted({s.cls for s in samples})
+    titles = ["image"] + (["truth"] if masks is not None else []) + list(maps)
+    figure = Figure(figsize=(1.25 * 2 * len(titles), 1.25 * len(classes) + 0.4))
+    axes = figure.subplots(len(classes), 2 * len(titles), squeeze=False,
+                           gridspec_kw={"wspace": 0.04, "hspace": 0.04})
+    for ax in axes.flat:
+        ax.axis("off")
+    for row, cls in zip(axes, classes):
+        for label, cells in enumerate((row[:len(titles)], row[len(titles):])):
+            index = [i for i, s in enumerate(samples) if s.cls == cls and s.label == label]
+            if not index:
+                continue
+            i, size = index[len(index) // 2], next(iter(maps.values()))[0].shape[1:]
+            cells[0].imshow(load_image(samples[i].path).resize(size))
+            if masks is not None:
+                cells[1].imshow(masks[i], cmap="gray", vmin=0, vmax=1)
+            for cell, (values, full) in zip(cells[-len(maps):], maps.values()):
+                cell.imshow(values[i], cmap="inferno", vmin=0, vmax=full)
+        row[0].text(-0.08, 0.5, cls, transform=row[0].transAxes, ha="right", va="center")
+    for k, ax in enumerate(axes[0]):
+        kind = "good" if k < len(titles) else "defective"
+        ax.set_title(f"{titles[k % len(titles)]}\n{kind}" if k % len(titles) == 0
+                     else f"{titles[k % len(titles)]}\n", fontsize=9)
+    save_figure(path, figure)
+
+
+def threshold_line(threshold, quantile, anomalous, labels) -> str:
+    """How the one threshold does on the test set, which had no part in choosing it."""
+    rates = (f"{100 * anomalous[labels == label].mean():.1f} % of the {name}"
+             for label, name in ((0, "good"), (1, "defective")) if (labels == label).any())
+    return (f"threshold {threshold:.4f} ({quantile} quantile of normal training scores): flags "
+            + " and ".join(rates) + " test images")
+
+
+def find_images(paths: list[str]) -> list[Path]:
+    """The images that PATH ... names, folders searched to the bottom. Raises UserError for none."""
+    files = []
+    for path in map(Path, paths):
+        found = images_in(path, recursive=True) if path.is_dir() else [path]
+        if not found:
+            raise UserError(f"no images in {path}; name an image or a folder of images")
+        files += found
+    return files
+
+
+def overlay_path(folder: Path, image: Path) -> Path:
+    """Where an image's overlay goes: its own path below `folder`, so that no two can collide."""
+    parts = [p for p in image.parts if p not in (image.anchor, "..")]
+    return folder.joinpath(*parts[:-1], parts[-1] + ".png")
+
+
+def write_overlay(path: Path, image: Image.Image, anomaly_map: torch.Tensor, full: float) -> None:
+    """The image with its heat map on it, at the image's own size.
+
+    One fixed scale: 0 is clear, `full` (twice the threshold) the hottest. Heat covers in proportion
+    to its value, so a good image looks like itself.
+    """
+    heat = Image.fromarray(anomaly_map.numpy()).resize(image.size, Image.BILINEAR)
+    heat = (np.asarray(heat) / full).clip(0, 1)
+    colour, cover = 255 * colormaps["inferno"](heat)[..., :3], 0.8 * heat[..., None]
+    mixed = np.asarray(image) * (1 - cover) + colour * cover
+    with atomic(path) as partial:
+        Image.fromarray(mixed.round().astype(np.uint8)).save(partial)
+
+
+def plot_distributions(path: Path, panels: dict[str, tuple], labels, classes) -> None:
+    """Score histograms by class, normal and anomalous, one panel above the other.
+
+    panels: {title: (scores (N,), threshold)}. Where normal scores of all classes end at the same
+    place, one threshold serves them all.
+    """
+    names = sorted(set(classes))
+    figure = Figure(figsize=(8, 1 + len(panels) * (0.6 + 0.36 * len(names))))
+    for ax, (title, (scores, threshold)) in zip(figure.subplots(len(panels), squeeze=False)[:, 0],
+                                                panels.items()):
+        low, high = np.quantile(scores, [0, 0.98])
+        bins = np.linspace(low, max(high, threshold) + 1e-9, 60)
+        for row, name in enumerate(reversed(names)):
+            for label, colour in ((0, "tab:blue"), (1, "tab:red")):
+                rows = (classes == name) & (labels == label)
+                counts, _ = np.histogram(scores[rows].clip(bins[0], bins[-1]), bins)
+                ax.stairs(row + 0.9 * counts / max(counts.max(), 1), bins, baseline=row, fill=True,
+                          color=colour, alpha=0.55, label=("normal", "anomalous")[label]
+                          if row == 0 else None)
+        ax.axvline(threshold, color="black", linewidth=1, linestyle="--", label="threshold")
+        ax.set_yticks(np.arange(len(names)) + 0.3, reversed(names))
+        ax.set_title(title, loc="left", fontsize=10)
+        ax.spines[["top", "right", "left"]].set_visible(False)
+        ax.tick_params(left=False)
+    figure.axes[0].legend(loc="upper right", fontsize=8, frameon=False)
+    figure.axes[-1].set_xlabel("image score (last bin: that and above)")
+    figure.tight_layout()
+    save_figure(path, figure)
+# ==== end shared
+
+
+# ---- train, evaluate, predict --------------------------------------------------------------------
+def configure(given: dict) -> tuple[Config, dict | None]:
+    """Settings for a fresh training, or those of the checkpoint that --resume goes on from."""
+    if given.get("resume"):
+        path = checkpoint_path(given)
+        content = load_checkpoint(path, "cada")
+        return Config(**stored_config(content, given, FREE, path)), content
+    if "checkpoint" in given:
+        raise UserError("--checkpoint is read by eval, predict and --resume; train writes to --out")
+    root, why = choose_data(given.get("data"))
+    print(f"data: {root} ({why})", file=sys.stderr)
+    defaults = DEMO if root.resolve() == HERE / "data/demo" else {}
+    cfg = Config(**{**defaults, **given, "data": str(root)})
+    check_config(cfg)
+    return cfg, None
+
+
+def check_config(cfg: Config) -> None:
+    """Raise UserError for a value that cannot work."""
+    for name in ("iters", "batch_size", "lr"):
+        if not getattr(cfg, name) > 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be positive")
+    for name in ("seed", "workers"):
+        if getattr(cfg, name) < 0:
+            raise UserError(f"--{name} {getattr(cfg, name)}: must not be negative")
+    if cfg.image_size < 32 or cfg.image_size % 32:
+        raise UserError(f"--image-size {cfg.image_size}: must be a multiple of 32, since the "
+                        "one-class code has 1/32 of the resolution")
+    if not 0 < cfg.quantile <= 1:
+        raise UserError(f"--quantile {cfg.quantile}: must be above 0 and at most 1")
+
+
+def checkpoint_path(given: dict) -> Path:
+    """--checkpoint, else checkpoint.pt in --out."""
+    return Path(given.get("checkpoint") or Path(given.get("out", Config.out)) / "checkpoint.pt")
+
+
+def build(cfg: Config, content: dict | None = None) -> tuple[RevDist, torch.device]:
+    """The detector on its device, with the weights of a checkpoint if one is given."""
+    device = choose_device(cfg.device)
+    torch.manual_seed(cfg.seed)
+    stored = content is not None and content["teacher"]["state"] is not None
+    detector = RevDist(cfg if not stored else replace(cfg, weights="none"))
+    if content is not None:
+        check_teacher(detector.encode, content, checkpoint_path({}))
+        detector.student.load_state_dict(content["student"])
+    return detector.to(device, memory_format=torch.channels_last), device
+
+
+def image_batches(samples_or_paths, detector, cfg, device):
+    """Preprocessed images in order, batch by batch, on the device."""
+    paths = [getattr(s, "path", s) for s in samples_or_paths]
+    loader = DataLoader(Images(paths, detector.preprocess), cfg.batch_size,
+                        num_workers=cfg.workers, pin_memory=device.type == "cuda")
+    for x in progress(loader, "images"):
+        yield to_device(x, device)
+
+
+@torch.no_grad()
+def describe(detector, batches, total: int):
+    """Run the detector over teacher features: pooled (N, C) and raw maps (N, S, S), on the CPU."""
+    detector.eval()
+    pooled, maps = zip(*([t.cpu() for t in detector.describe(f)]
+                         for f in progress(batches, "anomaly maps", total=total)))
+    return torch.cat(pooled), torch.cat(maps)
+
+
+def train(given: dict) -> None:
+    """Train the detector, then fit CADA on the normal training images, then evaluate once."""
+    started = time.time()
+    cfg, content = configure(given)
+    train_set, test_set = read_dataset(Path(cfg.data))
+    detector, device = build(cfg, content)
+    out = Path(cfg.out)
+    images = Images([s.path for s in train_set], detector.preprocess)
+    say_what_runs(cfg, detector, device, train_set, test_set)
+    if detector.encode.random and content is None:
+        detector.encode.estimate_batchnorm(image_batches(train_set, detector, cfg, device))
+    source = images if cfg.cache == "off" else FeatureCache(
+        detector.encode, images, cfg.cache, out, image_batches(train_set, detector, cfg, device))
+    content = train_detector(cfg, detector, source, device, content)
+    order = in_order(len(images), cfg.batch_size)
+    features, maps = describe(detector, feature_batches(source, order, detector.encode, device,
+                                                        cfg.workers), len(order))
+    cada = CADA(features.shape[1]).fit(features, maps, seed=cfg.seed)
+    smoothed = smooth_all(maps)
+    content |= {"cada": cada.state_dict(),
+                "threshold": quantile(image_score(cada.align(features, smoothed)), cfg.quantile),
+                "raw_threshold": quantile(image_score(smoothed), cfg.quantile),
+                "oracle": class_statistics(maps, [s.cls for s in train_set])}
+    save_checkpoint(out / "checkpoint.pt", content)
+    evaluate(cfg, detector, cada, content, test_set, device, started)
+
+
+def say_what_runs(cfg, detector, device, train_set, test_set) -> None:
+    """What is about to happen, on standard error."""
+    classes = len({s.cls for s in train_set})
+    print(f"{len(train_set)} training and {len(test_set)} test images of {classes} classes; "
+          f"device {device}; output in {cfg.out}", file=sys.stderr)
+    if detector.encode.random:
+        print(f"teacher: {cfg.teacher} with RANDOM weights (seed {cfg.seed}): this shows that the "
+              "method works, its numbers are not the paper's", file=sys.stderr)
+
+
+def train_detector(cfg, detector, source, device, content) -> dict:
+    """The training loop. Returns the content of a checkpoint. Raises UserError on a NaN loss."""
+    student = detector.student
+    optimizer = torch.optim.AdamW(student.parameters(), cfg.lr, weight_decay=1e-5, amsgrad=True)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [int(0.8 * cfg.iters)], gamma=0.2)
+    step = 0
+    if content is not None:
+        optimizer.load_state_dict(content["optimizer"])
+        schedule.load_state_dict(content["schedule"])
+        set_random_states(content["random"])
+        step = content["step"]
+    detector.train()
+    batches = shuffled(len(source), cfg.batch_size, cfg.iters, cfg.seed)[step:]
+    bar = progress(feature_batches(source, batches, detector.encode, device, cfg.workers),
+                   "training", total=cfg.iters, initial=step)
+    save_every = max(1, cfg.iters // 10)
+
+    def state():
+        encode = detector.encode
+        return {"script": "cada", "config": asdict(cfg), "step": step,
+                "student": student.state_dict(), "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(), "random": random_states(),
+                "teacher": {"identity": encode.identity(),
+                            "state": encode.state_dict() if encode.random else None}}
+
+    for features in bar:
+        loss = detector.loss(features)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        step += 1
+        if step % save_every == 0 or step % 20 == 0:
+            value = loss.item()  # waits for the GPU, so not at every step
+            if not math.isfinite(value):
+                raise UserError(f"the loss is {value} at step {step}; lower --lr {cfg.lr}")
+            bar.set_postfix(loss=f"{value:.4f}")
+        if step % save_every == 0 and step < cfg.iters:
+            save_checkpoint(Path(cfg.out) / "checkpoint.pt", state())
+    return state()
+
+
+def smooth_all(maps: torch.Tensor) -> torch.Tensor:
+    """smooth() in pieces, to bound the memory of the padded copies."""
+    return torch.cat([smooth(m) for m in maps.split(64)])
+
+
+def quantile(scores: torch.Tensor, q: float) -> float:
+    """The q-quantile of normal training scores: a threshold that no test label has touched."""
+    return torch.quantile(scores.double(), q).item()
+
+
+def class_statistics(maps: torch.Tensor, classes: list[str]) -> dict[str, list[float]]:
+    """{class: [u, gamma]}, class means of map mean and map maximum: the label oracle. [ours]"""
+    flat = maps.flatten(1)
+    stats = torch.stack([flat.mean(1), flat.amax(1)], dim=1)
+    rows = {c: [i for i, k in enumerate(classes) if k == c] for c in sorted(set(classes))}
+    return {c: stats[i].mean(0).tolist() for c, i in rows.items()}
+
+
+def evaluate(cfg, detector, cada, content, test_set, device, started) -> None:
+    """Score the test set raw, aligned by CADA and by the label oracle; write and print it all."""
+    out, labels = Path(cfg.out), np.array([s.label for s in test_set])
+    classes, masks = np.array([s.cls for s in test_set]), load_masks(test_set, cfg.image_size)
+    batches = (detector.encode(x) for x in image_batches(test_set, detector, cfg, device))
+    features, maps = describe(detector, batches, math.ceil(len(test_set) / cfg.batch_size))
+    maps = smooth_all(maps)
+    u, gamma = cada.predict(features)
+    statistics = {"raw": (torch.zeros_like(u), torch.ones_like(u)), "cada": (u, gamma)}
+    unknown = set(classes) - set(content["oracle"])
+    if not unknown:
+        statistics["oracle"] = torch.tensor([content["oracle"][c] for c in classes]).T
+    aligned = {name: normalise(maps, *s) for name, s in statistics.items()}
+    scores = {name: image_score(m).numpy() for name, m in aligned.items()}
+    results = {name: summarise(scores[name], labels, classes, aligned[name], masks, device)
+               for name in statistics}
+    threshold, raw_threshold = content["threshold"], content["raw_threshold"]
+    anomalous = scores["cada"] > threshold
+    write_scores(out / "scores.csv", test_set,
+                 scores | {"u": u.numpy(), "gamma": gamma.numpy(), "anomalous": anomalous})
+    plot_heatmaps(out / "heatmaps.png", test_set, masks, {
+        "raw": (maps, 2 * raw_threshold), "aligned": (aligned["cada"], 2 * threshold)})
+    plot_distributions(out / "distributions.png", {
+        "raw scores": (scores["raw"], raw_threshold),
+        "aligned by CADA": (scores["cada"], threshold)}, labels, classes)
+    write_json(out / "metrics.json", {
+        "script": "cada", "config": asdict(cfg), "versions": versions(),
+        "seconds": round(time.time() - started, 1), "threshold": threshold, "results": results})
+    print(table(results))
+    if masks is None:
+        print("no masks in this data set: image metrics only")
+    if unknown:
+        print(f"no oracle rows: class {min(unknown)} was not in the training set")
+    print(threshold_line(threshold, cfg.quantile, anomalous, labels))
+    print(f"wrote {out}/: checkpoint.pt, metrics.json, scores.csv, heatmaps.png, distributions.png")
+
+
+def predict(given: dict, paths: list[str]) -> None:
+    """Print one JSON line an image and write an overlay of its own size; no data set is needed."""
+    cfg, detector, cada, content, device = load_trained(given)
+    files, threshold = find_images(paths), content["threshold"]
+    for rows in in_order(len(files), cfg.batch_size):
+        batch = [files[i] for i in rows]
+        encoded = (detector.encode(x) for x in image_batches(batch, detector, cfg, device))
+        features, maps = describe(detector, encoded, 1)
+        statistics = cada.predict(features)
+        maps = normalise(smooth_all(maps), *statistics)
+        for path, score, amap, u, gamma in zip(batch, image_score(maps).tolist(), maps,
+                                               *(t.tolist() for t in statistics)):
+            target = overlay_path(Path(cfg.out) / "predict", path)
+            write_overlay(target, load_image(path), amap, full=2 * threshold)
+            print(json.dumps({"path": str(path), "score": score, "threshold": threshold,
+                              "anomalous": score > threshold, "u": u, "gamma": gamma,
+                              "overlay": str(target)}))
+
+
+def load_trained(given: dict):
+    """Settings, detector, CADA, checkpoint and device for eval and predict."""
+    path = checkpoint_path(given)
+    content = load_checkpoint(path, "cada")
+    if "cada" not in content:
+        raise UserError(f"--checkpoint {path}: its training stopped at step {content['step']} of "
+                        f"{content['config']['iters']}; finish it with --resume")
+    cfg = Config(**stored_config(content, given, FREE + ("batch_size",), path))
+    detector, device = build(cfg, content)
+    cada = CADA(content["cada"]["mean"].numel())
+    cada.load_state_dict(content["cada"])
+    return cfg, detector, cada.eval(), content, device
+
+
+def main(argv=None) -> int:
+    """Run the command line; 0 on success, 2 after a mistake of the user's, told in one line."""
+    try:
+        command, paths, given = parse_args(argv, Config, __doc__)
+        if command == "train":
+            train(given)
+        elif command == "predict":
+            predict(given, paths)
+        else:
+            started = time.time()
+            cfg, *parts, device = load_trained(given)
+            evaluate(cfg, *parts, read_dataset(Path(cfg.data))[1], device, started)
+        return 0
+    except Exception as e:
+        message = one_line(e)
+    print(f"cada.py: error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
