@@ -1,4 +1,45 @@
-"""CADA: one threshold for every class. https://arxiv.org/abs/2404.00724 (DOCSTRING LATER)"""
+"""CADA: one detector, one threshold, no class labels (arXiv:2404.00724), on RevDist (2201.10703).
+
+Guo, Han, Lu, Zhang, Li. Absolute-Unified Multi-Class Anomaly Detection via Class-Agnostic
+Distribution Alignment, 2024. A reconstruction from public facts; every choice says where it is from:
+[paper] stated there, [author] in public code of the first author, [ours] our reading.
+
+The idea. A detector trained on many classes scores each class on a level of its own: a normal
+granite slab scores higher than a torn wire grid. So no single threshold can serve, and to rank all
+images together is hopeless. CADA looks at the image, predicts which mean u and which maximum gamma
+the anomaly maps of *normal* images of its kind have, and rescales the map by them. No class label is
+used in training or at test. The detector is not changed, so nearly any will do.
+
+    image (B, 3, S, S)
+      |
+    Teacher, frozen ResNet ---> f1, f2, f3 ---> Student: fuse, bottleneck, decode ---> d1, d2, d3
+                                    |                                                      |
+                  mean and std over all positions              1 - cos(f, d) at each position,
+                                    |                          up-sampled, averaged over layers
+                        pooled (B, 2(C1+C2+C3))                                            |
+                                    |                                   raw map A (B, S, S)
+                                  CADA ---> u (B,), gamma (B,)                             |
+                                                     \_____ A' = (A - u) / (gamma - u) ____/
+                                                                        |
+                                    Gaussian blur, mean of the highest 1 % ---> image score (B,)
+
+paper                                        here
+  RevDist, the base detector [paper]           Teacher, Student, RevDist
+  cosine loss per flattened layer [author]     RevDist.loss
+  anomaly map A [author]                       RevDist.describe
+  prediction of (u, gamma) [paper]             CADA.fit, CADA.predict; how: [ours]
+  alignment A' [author]                        normalise
+  Fig. 3-4: label known (oracle) [ours]        class_statistics
+  Fig. 5: score distributions                  plot_distributions
+  absolute-unified evaluation [paper]          "pooled" in summarise
+
+    python cada.py                                     train and evaluate; without data/mvtec and
+                                                       data/visa on the small set in data/demo
+    python cada.py --data DIR                          on MVTec AD, VisA, or a tree of your own
+    python cada.py eval --checkpoint FILE              the same numbers again
+    python cada.py predict --checkpoint FILE PATH ...  score images, write heat maps
+MEASURED
+"""
 from __future__ import annotations
 
 import argparse
@@ -26,7 +67,9 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from scipy import ndimage
-from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
+from sklearn.cluster import KMeans
+from sklearn.metrics import (average_precision_score, precision_recall_curve, roc_auc_score,
+                             silhouette_score)
 from torch.utils.data import DataLoader, Dataset
 from torchvision.models.resnet import BasicBlock, conv1x1, conv3x3
 from torchvision.transforms.functional import gaussian_blur
@@ -58,7 +101,17 @@ def atomic(path: Path):
         partial.unlink(missing_ok=True)
 
 
-def one_line(error: Exception) -> str:
+def make_folder(path: Path) -> Path:
+    """Create the output folder before hours of work, not after. Raises UserError if it cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return path
+    except OSError as e:
+        raise UserError(f"--out {path}: cannot write there ({e.strerror}); choose another")
+
+
+def one_line(error: BaseException) -> str:
     """What to tell the user about an error, in one line; a bug of ours is raised again, unchanged.
 
     Out of memory has many faces: CUDA and MPS have their own messages, a CPU tensor another one.
@@ -66,6 +119,8 @@ def one_line(error: Exception) -> str:
     text = str(error)
     if isinstance(error, UserError):
         return text
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; a training goes on with --resume"
     if isinstance(error, MemoryError) or any(k in text.lower() for k in (
             "out of memory", "can't allocate memory", "not enough memory")):
         return "out of memory; lower --batch-size or --image-size, or use --cache disk"
@@ -181,7 +236,7 @@ class Config:
 # What replaces the defaults on the demo set, so that two CPU cores do it in minutes. [ours]
 DEMO = {"teacher": "resnet18", "weights": "none", "image_size": 128, "iters": 400, "workers": 0}
 # Flags that may differ between a checkpoint and the command that reads it.
-FREE = ("data", "out", "device", "cache", "checkpoint", "resume", "workers", "weights")
+FREE = ("out", "device", "cache", "checkpoint", "resume", "workers", "weights")
 
 
 # ==== shared: data
@@ -337,21 +392,21 @@ class Preprocess:
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """An RGB image of any shape, squashed to (3, size, size) float32."""
         image = image.resize((self.size, self.size), self.resample)
-        x = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
-        return (x - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
+        x = (np.asarray(image, np.float32) / 255 - np.float32(self.mean)) / np.float32(self.std)
+        return torch.from_numpy(x.transpose(2, 0, 1))  # PyTorch wants channels first
 
 
 class Images(Dataset):
-    """Preprocessed images of a list of paths."""
+    """The preprocessed images of a list of samples."""
 
-    def __init__(self, paths: list[Path], preprocess: Preprocess):
-        self.paths, self.preprocess = paths, preprocess
+    def __init__(self, samples: list[Sample], preprocess: Preprocess):
+        self.samples, self.preprocess = samples, preprocess
 
     def __len__(self):
-        return len(self.paths)
+        return len(self.samples)
 
     def __getitem__(self, i):
-        return self.preprocess(load_image(self.paths[i]))
+        return self.preprocess(load_image(self.samples[i].path))
 # ==== end shared
 
 
@@ -533,60 +588,82 @@ class RevDist(nn.Module):
                    for e, d in zip(*self.decode(features)))
 
     def describe(self, features):
-        """Teacher features -> (pooled (B, C1+C2+C3), raw anomaly map (B, S, S) in 0..2).
+        """Teacher features -> (pooled (B, 2 * (C1+C2+C3)), raw anomaly map (B, S, S) in 0..2).
 
         Pooled over the whole image, frozen features tell the class and hardly feel a local defect:
-        that is why CADA reads these and not the student's.
+        that is why CADA reads these and not the student's. Mean *and* standard deviation over the
+        positions [ours]: with the mean alone, brightness drowns texture.
         """
         size, maps = (self.preprocess.size,) * 2, 0
         for e, d in zip(*self.decode(features)):
             m = 1 - F.cosine_similarity(e, d, dim=1)[:, None]  # (B, 1, h, w)
             maps = maps + F.interpolate(m, size, mode="bilinear", align_corners=True)[:, 0] / 3
-        return torch.cat([f.float().mean((2, 3)) for f in features], dim=1), maps
+        pooled = [t for f in features for t in torch.std_mean(f.float(), dim=(2, 3))]
+        return torch.cat(pooled, dim=1), maps
 
 
 # ---- CADA ----------------------------------------------------------------------------------------
 class CADA(nn.Module):
-    """From an image's pooled features predict (u, gamma) of its class; normalise maps by them.
+    """Predict (u, gamma), the mean and the maximum that anomaly maps of *normal* images of an
+    image's class have, from its frozen features; normalise its map by them. [paper]
 
-    Placeholder design: plain regressor.
+    The hard part: it must predict the statistics of a class, not of an image. A network trained on
+    every image's own statistics learns the image's quirks, and a defect that moves the features
+    takes u and gamma with it, which cancels the very signal. So our regressor is piecewise constant
+    [ours]: k-means finds the *implicit classes* of the training set in feature space, k is where
+    the silhouette is highest, and an image gets the mean statistics of its nearest centre. A defect
+    then changes nothing unless it makes the whole image look like another class; and within an
+    implicit class all images share one affine map, so their order stays.
+
+    It knows nothing of the detector: any that has pooled features and maps will do.
     """
 
-    def __init__(self, in_features: int):
+    MAX_CLASSES = 40  # the silhouette is tried for 2 .. so many implicit classes
+
+    def __init__(self, in_features: int, classes: int = 1):
+        """in_features: C of the pooled features. `classes` is needed only to load a state dict."""
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(in_features, 256), nn.GELU(), nn.Dropout(0.1),
-                                 nn.Linear(256, 2))
-        for name, shape in (("mean", in_features), ("std", in_features), ("t_mean", 2), ("t_std", 2)):
+        for name, shape in (("mean", in_features), ("std", in_features),
+                            ("centres", (classes, in_features)), ("statistics", (classes, 2))):
             self.register_buffer(name, torch.zeros(shape))
 
-    def forward(self, features):
-        return self.net((features - self.mean) / self.std) * self.t_std + self.t_mean
-
-    def fit(self, features, maps, seed: int = 0):
-        flat = maps.flatten(1)
-        u, gamma = flat.mean(1), flat.amax(1)
-        targets = torch.stack([u, gamma - u], 1).log()
+    def fit(self, features: torch.Tensor, maps: torch.Tensor, seed: int = 0) -> "CADA":
+        """Learn from normal images: features (N, C), raw maps (N, H, W). No label, no gradient."""
         self.mean, self.std = features.mean(0), features.std(0) + 1e-6
-        self.t_mean, self.t_std = targets.mean(0), targets.std(0) + 1e-6
-        torch.manual_seed(seed)
-        opt = torch.optim.AdamW(self.parameters(), 1e-3, weight_decay=1e-2)
-        self.train()
-        for _ in range(1000):
-            i = torch.randint(len(features), (32,))
-            loss = F.smooth_l1_loss((self(features[i]) - self.t_mean) / self.t_std,
-                                    (targets[i] - self.t_mean) / self.t_std)
-            opt.zero_grad()
-            loss.backward()
-            opt.step()
-        return self.eval()
+        x = ((features - self.mean) / self.std).numpy()
+        kmeans = implicit_classes(x, self.MAX_CLASSES, seed)
+        labels = torch.from_numpy(kmeans.labels_)
+        per_image = torch.stack([maps.mean((1, 2)), maps.amax((1, 2))], dim=1)
+        self.centres = torch.from_numpy(kmeans.cluster_centers_).float()
+        self.statistics = torch.stack([per_image[labels == k].mean(0)
+                                       for k in range(len(self.centres))])
+        return self
 
-    @torch.no_grad()
-    def predict(self, features):
-        out = self(features).exp()
-        return out[:, 0], out[:, 0] + out[:, 1]
+    def predict(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(N, C) -> u (N,) and gamma (N,), gamma > u: those of the nearest implicit class."""
+        x = (features - self.mean) / self.std
+        u, gamma = self.statistics[torch.cdist(x, self.centres).argmin(1)].unbind(1)
+        return u, torch.maximum(gamma, u + 1e-6)  # a map without contrast has gamma = u
 
-    def align(self, features, maps):
+    def align(self, features: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+        """(N, C) and (N, H, W) -> (N, H, W): 0 is the mean of normal maps of the class, 1 their
+        maximum, whatever the class."""
         return normalise(maps, *self.predict(features))
+
+
+def implicit_classes(x: np.ndarray, most: int, seed: int) -> KMeans:
+    """k-means of standardised features (N, C) for the k in 2..most with the highest silhouette.
+
+    At least four images a cluster on average: fewer make no statistics. [ours]
+    """
+    def silhouette(model):
+        found = len(set(model.labels_)) > 1  # identical images make fewer clusters than asked for
+        return silhouette_score(x, model.labels_, sample_size=min(len(x), 2000),
+                                random_state=seed) if found else -1
+
+    models = [KMeans(k, n_init=3, random_state=seed).fit(x)
+              for k in range(2, min(most, len(x) // 4) + 1)]
+    return max(models, key=silhouette, default=None) or KMeans(1, random_state=seed).fit(x)
 
 
 def normalise(maps, u, gamma):
@@ -599,14 +676,17 @@ def smooth(maps: torch.Tensor) -> torch.Tensor:
     """Gaussian blur of (N, H, W) maps, sigma 4 pixels at 256 x 256 and in proportion elsewhere.
 
     Replicate padding keeps a constant map constant, and the kernel sums to one: so blurring commutes
-    with any (A - a) / b, and it does not matter that papers normalise first and blur after.
+    with (A - u) / (gamma - u), and normalising first [author] or after gives the same map.
     """
     sigma = 4 * maps.shape[-1] / 256
     r = math.ceil(4 * sigma)
-    x = F.pad(maps[:, None], (r, r, r, r), mode="replicate")
-    for kernel in ((1, 2 * r + 1), (2 * r + 1, 1)):  # one axis after the other: 2k taps, not k * k
-        x = gaussian_blur(x, kernel, [sigma, sigma])
-    return x[:, 0, r:-r, r:-r]
+    blurred = []
+    for x in maps.split(64):  # in pieces, to bound the memory of the padded copies
+        x = F.pad(x[:, None], (r, r, r, r), mode="replicate")
+        for kernel in ((1, 2 * r + 1), (2 * r + 1, 1)):  # one axis after the other: 2k taps, not k*k
+            x = gaussian_blur(x, kernel, [sigma, sigma])
+        blurred.append(x[:, 0, r:-r, r:-r])
+    return torch.cat(blurred)
 
 
 def image_score(maps: torch.Tensor) -> torch.Tensor:
@@ -713,18 +793,18 @@ class FeatureCache(Dataset):
     the same list of layers, (B, ...) each, as the teacher itself.
     """
 
-    def __init__(self, encode, images: Images, where: str, folder: Path, batches):
-        first = encode(next(iter(batches)))
-        self.shapes = [f.shape[1:] for f in first]
-        shape = (len(images), sum(s.numel() for s in self.shapes))
+    def __init__(self, encode, n: int, batches, where: str, folder: Path):
+        """`batches` is called for an iterator over the images, (B, 3, S, S), `n` in all."""
+        self.shapes = [f.shape[1:] for f in encode(next(batches()))]
+        shape = (n, sum(s.numel() for s in self.shapes))
         size, free = 2 * shape[0] * shape[1], free_memory()
         if where == "auto":
             where = "ram" if free is not None and size < free / 2 else "disk"
-        print(f"cache: {len(images)} images, {size / 2**30:.2f} GiB of teacher features in "
+        print(f"cache: {n} images, {size / 2**30:.2f} GiB of teacher features in "
               + ("memory" if where == "ram" else f"a temporary file in {folder}"), file=sys.stderr)
         self.array = np.empty(shape, np.float16) if where == "ram" else self.on_disk(folder, shape)
         row = 0
-        for x in progress(batches, "teacher features"):
+        for x in batches():
             values = torch.cat([f.flatten(1) for f in encode(x)], dim=1).cpu().numpy()
             self.array[row:row + len(values)] = values
             row += len(values)
@@ -734,7 +814,6 @@ class FeatureCache(Dataset):
         """A float16 array in a file without a name. Raises UserError when the disk is too small."""
         size = 2 * shape[0] * shape[1]
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             if shutil.disk_usage(folder).free < size:
                 raise OSError("no space left")
             file = tempfile.TemporaryFile(dir=folder)
@@ -833,7 +912,7 @@ def stored_config(content: dict, given: dict, free: tuple, path: Path) -> dict:
     return content["config"] | {k: v for k, v in given.items() if k in free}
 
 
-def check_teacher(encode, content: dict, path: Path) -> None:
+def check_teacher(encode, content: dict) -> None:
     """Give a random teacher its stored weights; of any other, compare the identity.
 
     Raises UserError if the teacher at hand is not the one the checkpoint was trained with.
@@ -841,8 +920,8 @@ def check_teacher(encode, content: dict, path: Path) -> None:
     if content["teacher"]["state"] is not None:
         encode.load_state_dict(content["teacher"]["state"])
     if encode.identity() != content["teacher"]["identity"]:
-        raise UserError(f"--checkpoint {path} was trained with another teacher than these weights; "
-                        "give the ones it was trained with (--weights)")
+        raise UserError("the checkpoint was trained with another teacher than these --weights; "
+                        "give it the weights that it was trained with")
 # ==== end shared
 
 
@@ -936,14 +1015,18 @@ def threshold_line(threshold, quantile, anomalous, labels) -> str:
             + " and ".join(rates) + " test images")
 
 
-def find_images(paths: list[str]) -> list[Path]:
-    """The images that PATH ... names, folders searched to the bottom. Raises UserError for none."""
+def find_images(paths: list[str]) -> list[Sample]:
+    """The images that PATH ... names, folders searched to the bottom, checked to be readable.
+
+    Raises UserError for a folder without images and for a file that is none.
+    """
     files = []
     for path in map(Path, paths):
         found = images_in(path, recursive=True) if path.is_dir() else [path]
         if not found:
             raise UserError(f"no images in {path}; name an image or a folder of images")
-        files += found
+        files += [Sample(p, cls="", label=0) for p in found]
+    check_samples(files)
     return files
 
 
@@ -978,7 +1061,7 @@ def plot_distributions(path: Path, panels: dict[str, tuple], labels, classes) ->
     for ax, (title, (scores, threshold)) in zip(figure.subplots(len(panels), squeeze=False)[:, 0],
                                                 panels.items()):
         low, high = np.quantile(scores, [0, 0.98])
-        bins = np.linspace(low, max(high, threshold) + 1e-9, 60)
+        bins = np.linspace(low, max(high, threshold) + 1e-9, 40)
         for row, name in enumerate(reversed(names)):
             for label, colour in ((0, "tab:blue"), (1, "tab:red")):
                 rows = (classes == name) & (labels == label)
@@ -991,7 +1074,8 @@ def plot_distributions(path: Path, panels: dict[str, tuple], labels, classes) ->
         ax.set_title(title, loc="left", fontsize=10)
         ax.spines[["top", "right", "left"]].set_visible(False)
         ax.tick_params(left=False)
-    figure.axes[0].legend(loc="upper right", fontsize=8, frameon=False)
+    figure.axes[0].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=9,
+                          frameon=False)
     figure.axes[-1].set_xlabel("image score (last bin: that and above)")
     figure.tight_layout()
     save_figure(path, figure)
@@ -1042,26 +1126,24 @@ def build(cfg: Config, content: dict | None = None) -> tuple[RevDist, torch.devi
     stored = content is not None and content["teacher"]["state"] is not None
     detector = RevDist(cfg if not stored else replace(cfg, weights="none"))
     if content is not None:
-        check_teacher(detector.encode, content, checkpoint_path({}))
+        check_teacher(detector.encode, content)
         detector.student.load_state_dict(content["student"])
     return detector.to(device, memory_format=torch.channels_last), device
 
 
-def image_batches(samples_or_paths, detector, cfg, device):
+def image_batches(images: Images, cfg: Config, device):
     """Preprocessed images in order, batch by batch, on the device."""
-    paths = [getattr(s, "path", s) for s in samples_or_paths]
-    loader = DataLoader(Images(paths, detector.preprocess), cfg.batch_size,
-                        num_workers=cfg.workers, pin_memory=device.type == "cuda")
+    loader = DataLoader(images, cfg.batch_size, num_workers=cfg.workers,
+                        pin_memory=device.type == "cuda")
     for x in progress(loader, "images"):
         yield to_device(x, device)
 
 
 @torch.no_grad()
-def describe(detector, batches, total: int):
+def describe(detector, batches):
     """Run the detector over teacher features: pooled (N, C) and raw maps (N, S, S), on the CPU."""
     detector.eval()
-    pooled, maps = zip(*([t.cpu() for t in detector.describe(f)]
-                         for f in progress(batches, "anomaly maps", total=total)))
+    pooled, maps = zip(*([t.cpu() for t in detector.describe(f)] for f in batches))
     return torch.cat(pooled), torch.cat(maps)
 
 
@@ -1071,22 +1153,22 @@ def train(given: dict) -> None:
     cfg, content = configure(given)
     train_set, test_set = read_dataset(Path(cfg.data))
     detector, device = build(cfg, content)
-    out = Path(cfg.out)
-    images = Images([s.path for s in train_set], detector.preprocess)
+    out, images = make_folder(Path(cfg.out)), Images(train_set, detector.preprocess)
     say_what_runs(cfg, detector, device, train_set, test_set)
     if detector.encode.random and content is None:
-        detector.encode.estimate_batchnorm(image_batches(train_set, detector, cfg, device))
+        detector.encode.estimate_batchnorm(image_batches(images, cfg, device))
     source = images if cfg.cache == "off" else FeatureCache(
-        detector.encode, images, cfg.cache, out, image_batches(train_set, detector, cfg, device))
+        detector.encode, len(images), lambda: image_batches(images, cfg, device), cfg.cache, out)
     content = train_detector(cfg, detector, source, device, content)
     order = in_order(len(images), cfg.batch_size)
-    features, maps = describe(detector, feature_batches(source, order, detector.encode, device,
-                                                        cfg.workers), len(order))
+    features, maps = describe(detector, progress(
+        feature_batches(source, order, detector.encode, device, cfg.workers), "anomaly maps",
+        total=len(order)))
     cada = CADA(features.shape[1]).fit(features, maps, seed=cfg.seed)
-    smoothed = smooth_all(maps)
-    content |= {"cada": cada.state_dict(),
-                "threshold": quantile(image_score(cada.align(features, smoothed)), cfg.quantile),
-                "raw_threshold": quantile(image_score(smoothed), cfg.quantile),
+    (u, gamma), scores = cada.predict(features), image_score(smooth(maps))
+    content |= {"cada": cada.state_dict(),  # a score is linear in its map: align it directly
+                "threshold": quantile((scores - u) / (gamma - u), cfg.quantile),
+                "raw_threshold": quantile(scores, cfg.quantile),
                 "oracle": class_statistics(maps, [s.cls for s in train_set])}
     save_checkpoint(out / "checkpoint.pt", content)
     evaluate(cfg, detector, cada, content, test_set, device, started)
@@ -1097,6 +1179,8 @@ def say_what_runs(cfg, detector, device, train_set, test_set) -> None:
     classes = len({s.cls for s in train_set})
     print(f"{len(train_set)} training and {len(test_set)} test images of {classes} classes; "
           f"device {device}; output in {cfg.out}", file=sys.stderr)
+    if cfg.cache == "off":
+        print("cache: off, teacher features are computed anew at every step", file=sys.stderr)
     if detector.encode.random:
         print(f"teacher: {cfg.teacher} with RANDOM weights (seed {cfg.seed}): this shows that the "
               "method works, its numbers are not the paper's", file=sys.stderr)
@@ -1134,7 +1218,7 @@ def train_detector(cfg, detector, source, device, content) -> dict:
         optimizer.step()
         schedule.step()
         step += 1
-        if step % save_every == 0 or step % 20 == 0:
+        if step % save_every == 0 or step % 20 == 0 or step == cfg.iters:
             value = loss.item()  # waits for the GPU, so not at every step
             if not math.isfinite(value):
                 raise UserError(f"the loss is {value} at step {step}; lower --lr {cfg.lr}")
@@ -1142,11 +1226,6 @@ def train_detector(cfg, detector, source, device, content) -> dict:
         if step % save_every == 0 and step < cfg.iters:
             save_checkpoint(Path(cfg.out) / "checkpoint.pt", state())
     return state()
-
-
-def smooth_all(maps: torch.Tensor) -> torch.Tensor:
-    """smooth() in pieces, to bound the memory of the padded copies."""
-    return torch.cat([smooth(m) for m in maps.split(64)])
 
 
 def quantile(scores: torch.Tensor, q: float) -> float:
@@ -1166,9 +1245,10 @@ def evaluate(cfg, detector, cada, content, test_set, device, started) -> None:
     """Score the test set raw, aligned by CADA and by the label oracle; write and print it all."""
     out, labels = Path(cfg.out), np.array([s.label for s in test_set])
     classes, masks = np.array([s.cls for s in test_set]), load_masks(test_set, cfg.image_size)
-    batches = (detector.encode(x) for x in image_batches(test_set, detector, cfg, device))
-    features, maps = describe(detector, batches, math.ceil(len(test_set) / cfg.batch_size))
-    maps = smooth_all(maps)
+    images = Images(test_set, detector.preprocess)
+    encoded = (detector.encode(x) for x in image_batches(images, cfg, device))
+    features, maps = describe(detector, encoded)
+    maps = smooth(maps)
     u, gamma = cada.predict(features)
     statistics = {"raw": (torch.zeros_like(u), torch.ones_like(u)), "cada": (u, gamma)}
     unknown = set(classes) - set(content["oracle"])
@@ -1203,17 +1283,17 @@ def predict(given: dict, paths: list[str]) -> None:
     """Print one JSON line an image and write an overlay of its own size; no data set is needed."""
     cfg, detector, cada, content, device = load_trained(given)
     files, threshold = find_images(paths), content["threshold"]
-    for rows in in_order(len(files), cfg.batch_size):
-        batch = [files[i] for i in rows]
-        encoded = (detector.encode(x) for x in image_batches(batch, detector, cfg, device))
-        features, maps = describe(detector, encoded, 1)
+    batches = image_batches(Images(files, detector.preprocess), cfg, device)
+    for i, x in enumerate(batches):
+        features, maps = describe(detector, [detector.encode(x)])
         statistics = cada.predict(features)
-        maps = normalise(smooth_all(maps), *statistics)
-        for path, score, amap, u, gamma in zip(batch, image_score(maps).tolist(), maps,
-                                               *(t.tolist() for t in statistics)):
-            target = overlay_path(Path(cfg.out) / "predict", path)
-            write_overlay(target, load_image(path), amap, full=2 * threshold)
-            print(json.dumps({"path": str(path), "score": score, "threshold": threshold,
+        maps = normalise(smooth(maps), *statistics)
+        for sample, score, amap, u, gamma in zip(files[i * cfg.batch_size:],
+                                                 image_score(maps).tolist(), maps,
+                                                 *(t.tolist() for t in statistics)):
+            target = overlay_path(Path(cfg.out) / "predict", sample.path)
+            write_overlay(target, load_image(sample.path), amap, full=2 * threshold)
+            print(json.dumps({"path": str(sample.path), "score": score, "threshold": threshold,
                               "anomalous": score > threshold, "u": u, "gamma": gamma,
                               "overlay": str(target)}))
 
@@ -1225,11 +1305,11 @@ def load_trained(given: dict):
     if "cada" not in content:
         raise UserError(f"--checkpoint {path}: its training stopped at step {content['step']} of "
                         f"{content['config']['iters']}; finish it with --resume")
-    cfg = Config(**stored_config(content, given, FREE + ("batch_size",), path))
+    cfg = Config(**stored_config(content, given, FREE + ("data", "batch_size"), path))
     detector, device = build(cfg, content)
-    cada = CADA(content["cada"]["mean"].numel())
+    cada = CADA(*reversed(content["cada"]["centres"].shape))
     cada.load_state_dict(content["cada"])
-    return cfg, detector, cada.eval(), content, device
+    return cfg, detector, cada, content, device
 
 
 def main(argv=None) -> int:
@@ -1245,7 +1325,7 @@ def main(argv=None) -> int:
             cfg, *parts, device = load_trained(given)
             evaluate(cfg, *parts, read_dataset(Path(cfg.data))[1], device, started)
         return 0
-    except Exception as e:
+    except (Exception, KeyboardInterrupt) as e:
         message = one_line(e)
     print(f"cada.py: error: {message}", file=sys.stderr)
     return 2

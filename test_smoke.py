@@ -1,0 +1,1094 @@
+"""Does it do what it says? Run with `pytest -q`: no GPU, no network, no data set needed.
+
+Every command-line test uses a made data set of two classes and a random ResNet-18 at 64 x 64.
+"""
+import csv
+import importlib.util
+import inspect
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image, ImageDraw
+from scipy import ndimage
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
+
+import cada
+
+HERE = Path(__file__).resolve().parent
+DEMO = HERE / "data/demo"
+THREADS = 1  # the tensors are so small that a second thread costs more than it gains
+FLAGS = ("--image-size 64 --teacher resnet18 --weights none --iters 4 --batch-size 4 "
+         "--workers 0 --device cpu").split()
+TINY = dict(image_size=64, teacher="resnet18", weights="none", device="cpu")
+torch.set_num_threads(THREADS)
+
+
+# ---- helpers -------------------------------------------------------------------------------------
+def draw(rng, kind: str, size: tuple[int, int], hole: bool) -> tuple[Image.Image, Image.Image]:
+    """A small image, smooth (kind "a") or grainy ("b"), and its mask; `hole` punches a defect."""
+    pixels = rng.normal(0, 60, (size[1], size[0], 3))
+    if kind == "a":
+        pixels = 8 * ndimage.gaussian_filter(pixels, (6, 6, 0))
+    image = Image.fromarray((128 + pixels).clip(0, 255).astype(np.uint8))
+    mask = Image.new("L", size)
+    if hole:
+        x, y = (int(rng.integers(5, s - 25)) for s in size)
+        ImageDraw.Draw(image).ellipse((x, y, x + 18, y + 14), fill=(250, 20, 20))
+        ImageDraw.Draw(mask).ellipse((x, y, x + 18, y + 14), fill=255)
+    return image, mask
+
+
+def save(image: Image.Image, path: Path, **options) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+    return path
+
+
+def run(*words) -> int:
+    """The command line, in this process."""
+    return cada.main([str(w) for w in words])
+
+
+def shell(*words, **more) -> subprocess.CompletedProcess:
+    """Python as a user starts it."""
+    return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": str(THREADS)}, **more)
+
+
+def rows_of(out: Path) -> list[dict]:
+    with open(out / "scores.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def numbers(out: Path, *names: str) -> np.ndarray:
+    """Columns of scores.csv as (rows, columns)."""
+    return np.array([[float(row[name]) for name in names] for row in rows_of(out)])
+
+
+def results(out: Path) -> dict:
+    return json.loads((out / "metrics.json").read_text())["results"]
+
+
+def listing(folder: Path) -> dict[Path, int]:
+    """Every file below a folder with its size; empty for a folder that does not exist."""
+    return {p: p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+
+
+def auroc(scores, labels, classes=None) -> float:
+    """Pooled AUROC, or with `classes` the mean over classes."""
+    if classes is None:
+        return roc_auc_score(labels, scores)
+    return np.mean([roc_auc_score(labels[classes == c], scores[classes == c])
+                    for c in np.unique(classes)])
+
+
+@pytest.fixture
+def tmp_path():
+    """Instead of pytest's own, which keeps the folders of three sessions: checkpoints are large."""
+    with TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def session_path():
+    with TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def data(session_path) -> Path:
+    """Two classes, 6 training and 3 + 3 test images each. Tests that spoil it use `tree`."""
+    rng, root = np.random.default_rng(0), session_path / "data"
+    for kind, size in (("a", (64, 64)), ("b", (80, 64))):
+        for part, count in (("train/good", 6), ("test/good", 3), ("test/hole", 3)):
+            for i in range(count):
+                image, mask = draw(rng, kind, size, part == "test/hole")
+                save(image, root / kind / part / f"{i:03}.png")
+                if part == "test/hole":
+                    save(mask, root / kind / "ground_truth/hole" / f"{i:03}_mask.png")
+    return root
+
+
+@pytest.fixture
+def tree(data, tmp_path) -> Path:
+    """A copy of the data set that a test may spoil."""
+    return Path(shutil.copytree(data, tmp_path / "tree"))
+
+
+@pytest.fixture(scope="session")
+def trained(data, session_path) -> SimpleNamespace:
+    """One training run from the shell: its folder, its checkpoint, what it printed."""
+    out = session_path / "trained"
+    done = shell("cada.py", "--data", data, "--out", out, *FLAGS, "--cache", "ram", cwd=HERE)
+    assert done.returncode == 0, done.stderr
+    return SimpleNamespace(out=out, checkpoint=out / "checkpoint.pt", stdout=done.stdout,
+                           stderr=done.stderr, files=set(listing(out)))
+
+
+# ---- data ----------------------------------------------------------------------------------------
+GRADIENT = np.add.outer(np.arange(0, 120, 3), np.arange(0, 100, 2)).astype(np.uint8)  # (40, 50)
+COLOURS = np.stack([GRADIENT, 255 - GRADIENT, GRADIENT // 2], axis=-1)
+
+
+def grey(values: np.ndarray) -> np.ndarray:
+    return np.repeat(values[..., None], 3, axis=2)
+
+
+def palette_image() -> tuple[Image.Image, np.ndarray]:
+    indices = Image.fromarray((GRADIENT % 4).astype(np.uint8), "P")
+    palette = np.array([(250, 0, 0), (0, 240, 10), (5, 5, 200), (90, 90, 90)], np.uint8)
+    indices.putpalette(palette.ravel().tolist())
+    return indices, palette[GRADIENT % 4]
+
+
+def image_modes() -> dict[str, tuple[Image.Image, str, np.ndarray]]:
+    """{what: (image, suffix, the RGB pixels it must be read as)}."""
+    rgba = np.dstack([COLOURS, GRADIENT])  # alpha varies and must not matter
+    cyan = Image.new("CMYK", (50, 40), (255, 0, 0, 0))
+    return {"rgb": (Image.fromarray(COLOURS), ".png", COLOURS),
+            "grey": (Image.fromarray(GRADIENT), ".png", grey(GRADIENT)),
+            "grey 16 bit png": (Image.fromarray(GRADIENT.astype(np.uint16) * 257), ".png",
+                                grey(GRADIENT)),
+            "grey 16 bit tiff": (Image.fromarray(GRADIENT.astype(np.uint16) * 257), ".TIFF",
+                                 grey(GRADIENT)),
+            "palette": (palette_image()[0], ".png", palette_image()[1]),
+            "rgba": (Image.fromarray(rgba), ".png", COLOURS),
+            "black and white": (Image.fromarray(GRADIENT > 99), ".png",
+                                grey((GRADIENT > 99) * np.uint8(255))),
+            "cmyk tiff": (cyan, ".tif", np.full((40, 50, 3), (0, 255, 255))),
+            "cmyk jpeg": (cyan, ".JPG", np.full((40, 50, 3), (0, 255, 255)))}
+
+
+@pytest.mark.parametrize("what", image_modes())
+def test_every_kind_of_image_is_read_as_8_bit_rgb(what, tmp_path):
+    image, suffix, expected = image_modes()[what]
+    read = cada.load_image(save(image, tmp_path / ("image" + suffix)))
+    assert read.mode == "RGB"
+    tolerance = 2 if "jpeg" in what else 0
+    np.testing.assert_allclose(np.asarray(read).astype(int), expected, atol=tolerance)
+
+
+@pytest.mark.parametrize("orientation, upright", [
+    (1, COLOURS), (3, COLOURS[::-1, ::-1]), (6, np.rot90(COLOURS, -1)), (8, np.rot90(COLOURS))])
+def test_exif_orientation_is_respected(orientation, upright, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = save(Image.fromarray(COLOURS), tmp_path / "photo.png", exif=exif)
+    np.testing.assert_array_equal(np.asarray(cada.load_image(path)), upright)
+
+
+def test_reads_an_mvtec_tree(data):
+    train, test = cada.read_dataset(data)
+    assert [(s.cls, s.label, s.mask) for s in train] == [("a", 0, None)] * 6 + [("b", 0, None)] * 6
+    assert [s.label for s in test] == [0, 0, 0, 1, 1, 1] * 2
+    assert [s.mask.name for s in test if s.label] == [f"{i:03}_mask.png" for i in range(3)] * 2
+    assert not any(s.mask for s in test if not s.label)
+
+
+def test_the_folder_of_one_class_is_a_data_set(data):
+    train, test = cada.read_dataset(data / "b")
+    assert len(train) == 6 and {s.cls for s in train + test} == {"b"}
+
+
+def test_masks_are_paired_by_stem(tree):
+    """`000` and `000_mask` both fit, and a mask that sorts first does not shift the others."""
+    masks, images = tree / "a/ground_truth/hole", tree / "a/test/hole"
+    (masks / "000_mask.png").rename(masks / "000.png")
+    (masks / "002_mask.png").rename(masks / "0_mask.png")
+    (images / "002.png").rename(images / "0.png")
+    pairs = {s.path.stem: s.mask.stem for s in cada.read_dataset(tree / "a")[1] if s.mask}
+    assert pairs == {"000": "000", "001": "001_mask", "0": "0_mask"}
+
+
+def test_upper_case_is_read_and_hidden_files_are_not(tree):
+    folder = tree / "a/train/good"
+    (folder / "000.png").rename(folder / "000.PNG")
+    for name in (".hidden.png", "._001.png", "Thumbs.db", "notes.txt"):
+        (folder / name).write_bytes(b"no image")
+        (tree / "a/ground_truth/hole" / name).write_bytes(b"no mask")
+    names = [s.path.name for s in cada.read_dataset(tree)[0] if s.cls == "a"]
+    assert names == ["000.PNG"] + [f"{i:03}.png" for i in range(1, 6)]
+
+
+@pytest.fixture
+def visa(tmp_path) -> Path:
+    """A raw VisA tree: JPEGs of 80 x 48, mask values 1-9, one defect of a single pixel."""
+    rng, root = np.random.default_rng(1), tmp_path / "visa"
+    lines = ["object,split,label,image,mask"]
+    for cls in ("candle", "pcb1"):
+        for i in range(5):
+            path = f"{cls}/Data/Images/Normal/{i:04}.JPG"
+            save(draw(rng, "a", (80, 48), False)[0], root / path)
+            lines.append(f"{cls},{'train' if i < 3 else 'test'},normal,{path},")
+        for i in range(3):
+            path = f"{cls}/Data/Images/Anomaly/{i:03}.JPG"
+            mask = f"{cls}/Data/Masks/Anomaly/{i:03}.png"
+            save(draw(rng, "a", (80, 48), True)[0], root / path)
+            values = np.zeros((48, 80), np.uint8)
+            if i == 0:
+                values[1, 2] = 1  # falls between the pixels of a 32 x 32 mask
+            else:
+                values[10:30, 20:60] = rng.integers(1, 10, (20, 40))
+            save(Image.fromarray(values), root / mask)
+            lines.append(f"{cls},test,anomaly,{path},{mask}")
+    (root / "split_csv").mkdir()
+    (root / "split_csv/1cls.csv").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def test_reads_a_raw_visa_tree(visa):
+    train, test = cada.read_dataset(visa)
+    assert [(s.cls, s.label) for s in train] == [("candle", 0)] * 3 + [("pcb1", 0)] * 3
+    assert [s.label for s in test] == [0, 0, 1, 1, 1] * 2
+    assert test[3].path == visa / "candle/Data/Images/Anomaly/001.JPG"
+    assert test[3].mask == visa / "candle/Data/Masks/Anomaly/001.png"
+
+
+def test_masks_are_binarised_and_resized_as_the_image_is(visa):
+    masks = cada.load_masks(cada.read_dataset(visa)[1], 40)
+    assert masks.dtype == torch.bool and masks.shape == (10, 40, 40)
+    expected = torch.zeros(40, 40, dtype=torch.bool)
+    expected[8:25, 10:30] = True  # rows 10-29 of 48 and columns 20-59 of 80, whatever their value
+    assert (masks[3] == expected).all() and not masks[0].any()
+
+
+def test_a_tiny_defect_keeps_its_label(visa):
+    _, test = cada.read_dataset(visa)
+    assert test[2].label == 1 and not cada.load_masks(test, 32)[2].any()
+
+
+def test_a_set_without_masks_has_none(tree):
+    for cls in "ab":
+        shutil.rmtree(tree / cls / "ground_truth")
+    _, test = cada.read_dataset(tree)
+    assert [s.label for s in test] == [0, 0, 0, 1, 1, 1] * 2 and cada.load_masks(test, 64) is None
+
+
+def test_data_is_found_in_the_documented_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(cada, "HERE", tmp_path)
+    for name in ("demo", "visa", "mvtec"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        assert cada.choose_data(None)[0] == tmp_path / "data" / name
+    assert cada.choose_data("elsewhere")[0] == Path("elsewhere")
+
+
+def test_defaults_are_published_ones_but_small_on_the_demo_set(data):
+    real, _ = cada.configure({"data": str(data)})
+    assert (real.teacher, real.weights) == ("wide_resnet50_2", "IMAGENET1K_V1")
+    assert (real.image_size, real.batch_size, real.iters, real.lr) == (256, 16, 5000, 2e-3)
+    demo, _ = cada.configure({"data": str(DEMO), "batch_size": 7})
+    assert (demo.teacher, demo.weights, demo.image_size) == ("resnet18", "none", 128)
+    assert demo.batch_size == 7  # a flag goes before both
+
+
+def test_demo_set_is_what_it_claims():
+    train, test = cada.read_dataset(DEMO)
+    classes = sorted({s.cls for s in train})
+    assert len(classes) >= 6
+    for cls in classes:
+        labels = [s.label for s in test if s.cls == cls]
+        assert sum(s.cls == cls for s in train) >= 40
+        assert labels.count(0) >= 16 and labels.count(1) >= 16
+        assert len(list((DEMO / cls / "ground_truth").iterdir())) >= 4
+    shares = [cada.load_mask(s.mask).mean() for s in test if s.label]
+    assert min(shares) > 0 and max(shares) > 0.2 and np.quantile(shares, 0.1) < 0.02
+    assert sum(listing(DEMO).values()) < 4e6
+
+
+def test_demo_set_is_made_again_from_its_seed(tmp_path):
+    spec = importlib.util.spec_from_file_location("prepare", HERE / "data/prepare.py")
+    prepare = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(prepare)
+    prepare.write_class(tmp_path, "pill", 0)
+    again, kept = ({p.relative_to(root): np.asarray(Image.open(p)).astype(int)
+                    for p in root.glob("pill/**/*.*")} for root in (tmp_path, DEMO))
+    assert again.keys() == kept.keys()
+    # Not byte for byte: JPEG libraries round differently.
+    assert max(np.abs(again[p] - kept[p]).mean() for p in kept) < 1
+
+
+# ---- teacher and student -------------------------------------------------------------------------
+def millions(*modules) -> float:
+    return round(sum(p.numel() for m in modules for p in m.parameters()) / 1e6, 2)
+
+
+def test_parameters_of_wide_resnet50_2():
+    with torch.device("meta"):
+        student = cada.Student("wide_resnet50_2")
+        teacher = cada.Teacher("wide_resnet50_2", "none", 0)
+    assert millions(student.fuse1, student.fuse2) == 10.62
+    assert millions(student.bottleneck) == 48.26
+    decoder = student.decode3, student.decode2, student.decode1
+    assert [millions(stage) for stage in decoder] == [17.84, 5.32, 1.76]
+    assert millions(student) == 83.80
+    layers = teacher.layer1, teacher.layer2, teacher.layer3
+    assert [millions(layer) for layer in layers] == [0.63, 3.48, 20.74]
+    assert millions(teacher) == millions(teacher.stem, *layers)  # layer4 is not there
+
+
+@pytest.mark.parametrize("name, c1", [("wide_resnet50_2", 256), ("resnet18", 64), ("resnet34", 64),
+                                      ("resnet50", 256), ("resnext50_32x4d", 256)])
+def test_shapes(name, c1, monkeypatch):
+    monkeypatch.setattr(cada, "autocast", lambda device: nullcontext())  # "meta" has no autocast
+    with torch.device("meta"):
+        teacher, student = cada.Teacher(name, "none", 0), cada.Student(name)
+        encoded = teacher(torch.empty(2, 3, 256, 256))
+    shapes = [(2, c1, 64, 64), (2, 2 * c1, 32, 32), (2, 4 * c1, 16, 16)]
+    assert [f.shape for f in encoded] == shapes
+    assert [d.shape for d in student([f.float() for f in encoded])] == shapes
+    fused = torch.empty(2, 12 * c1, 16, 16, device="meta")
+    assert student.bottleneck(fused).shape == (2, 512 * c1 // 64, 8, 8)
+
+
+@pytest.fixture
+def detector():
+    torch.manual_seed(0)
+    return cada.RevDist(cada.Config(**TINY))
+
+
+def random_images(n: int) -> torch.Tensor:
+    return torch.randn(n, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def test_gradients_reach_the_student_only(detector):
+    before = {k: v.clone() for k, v in detector.encode.state_dict().items()}
+    detector.train()
+    detector.loss(detector.encode(random_images(4))).backward()
+    assert all(p.grad is None and not p.requires_grad for p in detector.encode.parameters())
+    assert all(p.grad is not None and p.grad.any() for p in detector.student.parameters())
+    after = detector.encode.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before)  # running statistics included
+
+
+def test_teacher_depends_on_its_seed_alone():
+    first = cada.Teacher("resnet18", "none", 0).identity()
+    torch.rand(5)
+    assert cada.Teacher("resnet18", "none", 0).identity() == first
+    assert cada.Teacher("resnet18", "none", 1).identity() != first
+
+
+def test_random_teacher_takes_batchnorm_statistics_from_the_images(detector):
+    teacher, batches = detector.encode, random_images(6).mul(3).add(1).split(3)
+    teacher.estimate_batchnorm(batches)
+    seen = torch.stack([teacher.stem[0](x).mean((0, 2, 3)) for x in batches]).mean(0)
+    torch.testing.assert_close(teacher.stem[1].running_mean, seen, rtol=1e-3, atol=1e-4)
+    before = teacher.identity()
+    teacher(batches[0])
+    assert teacher.identity() == before  # frozen again
+
+
+def test_loss_and_map_are_cosine_distances(detector):
+    features = detector.encode(random_images(2))
+    for sign, distance in ((1, 0.0), (-1, 2.0)):
+        detector.student.forward = lambda encoded: [sign * e for e in encoded]
+        assert detector.loss(features).item() == pytest.approx(3 * distance, abs=1e-4)
+        pooled, maps = detector.describe(features)
+        assert len(pooled) == 2 and pooled.ndim == 2 and maps.shape == (2, 64, 64)
+        torch.testing.assert_close(maps, torch.full_like(maps, distance), rtol=0, atol=1e-4)
+
+
+def test_position_loss_ignores_the_length_of_a_vector_and_flat_loss_does_not(detector):
+    features = detector.encode(random_images(2))
+
+    def lengthen_a_corner(encoded):
+        return [torch.cat([9 * e[..., :1], e[..., 1:]], dim=-1) for e in encoded]
+
+    detector.student.forward = lengthen_a_corner
+    assert detector.loss(features).item() > 0.1
+    detector.flat = False
+    assert detector.loss(features).item() == pytest.approx(0, abs=1e-4)
+
+
+def test_bfloat16_student_is_close_to_float32(detector, monkeypatch):
+    features = detector.eval().encode(random_images(2))
+    with torch.no_grad():
+        exact, exact_loss = detector.describe(features)[1], detector.loss(features)
+        monkeypatch.setattr(cada, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
+        assert detector.student([f.float() for f in features])[0].dtype == torch.float32
+        maps, loss = detector.describe(features)[1], detector.loss(features)
+    assert maps.dtype == loss.dtype == torch.float32
+    assert not torch.equal(maps, exact)  # else nothing ran in bfloat16
+    torch.testing.assert_close(maps, exact, rtol=0, atol=0.02)
+    torch.testing.assert_close(loss, exact_loss, rtol=0, atol=0.02)
+
+
+# ---- map and score -------------------------------------------------------------------------------
+@pytest.mark.parametrize("size", [32, 64, 96, 256])
+def test_smoothing_is_scipys(size):
+    maps = torch.rand(2, size, size, generator=torch.Generator().manual_seed(0))
+    expected = [ndimage.gaussian_filter(m, 4 * size / 256, mode="nearest") for m in maps.numpy()]
+    np.testing.assert_allclose(cada.smooth(maps).numpy(), expected, atol=1e-5)
+
+
+def test_smoothing_commutes_with_normalising():
+    u, gamma = torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0.3, 0.9, 1.0])
+    maps = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(cada.smooth(cada.normalise(maps, u, gamma)),
+                               cada.normalise(cada.smooth(maps), u, gamma), rtol=0, atol=1e-4)
+
+
+def test_image_score_is_the_mean_of_the_top_percent():
+    maps = torch.arange(200.0).reshape(1, 10, 20)
+    assert cada.image_score(maps).tolist() == [198.5]
+
+
+# ---- CADA ----------------------------------------------------------------------------------------
+A, B = np.array([0.05, 0.2, 0.4, 0.1, 0.7]), np.array([0.02, 0.1, 0.05, 0.3, 0.15])
+
+
+def five_classes(seed: int, per_class: int, anomalous: bool):
+    """Features around one centre a class; maps a_c + b_c * noise, anomalous ones with a raised
+    patch. Returns features, maps, labels, classes."""
+    rng = np.random.default_rng(seed)
+    classes = np.repeat(np.arange(5), per_class)
+    labels = np.tile(np.arange(per_class) % 2, 5) * anomalous
+    centres = np.random.default_rng(0).normal(size=(5, 64))
+    features = centres[classes] + 0.3 * rng.normal(size=(len(classes), 64))
+    noise = np.abs(rng.normal(size=(len(classes), 32, 32)))
+    noise[:, 10:13, 10:13] += 2.5 * labels[:, None, None]
+    maps = A[classes][:, None, None] + B[classes][:, None, None] * noise
+    return torch.tensor(features).float(), torch.tensor(maps).float(), labels, classes
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    features, maps, *_ = five_classes(1, 40, anomalous=False)
+    torch.manual_seed(0)
+    return cada.CADA(64).fit(features, maps, seed=0)
+
+
+def test_cada_undoes_the_distortion_of_each_class(fitted):
+    _, normal_maps, _, of_class = five_classes(1, 40, anomalous=False)
+    features, maps, labels, classes = five_classes(2, 40, anomalous=True)
+    u, gamma = (torch.stack([m[of_class == c].mean() for c in range(5)])[classes]
+                for m in (normal_maps.mean((1, 2)), normal_maps.amax((1, 2))))
+    raw, aligned, oracle = (m.amax((1, 2)).numpy() for m in (
+        maps, fitted.align(features, maps), cada.normalise(maps, u, gamma)))
+    assert auroc(aligned, labels) > auroc(oracle, labels) - 0.03
+    assert auroc(aligned, labels) > auroc(raw, labels) + 0.15
+    assert auroc(aligned, labels, classes) > auroc(raw, labels, classes) - 0.02
+
+
+def test_gamma_is_above_u_for_any_features(fitted):
+    features, maps, *_ = five_classes(3, 4, anomalous=True)
+    strange = torch.cat([features, features * 1e3, -features * 1e6, torch.zeros(1, 64),
+                         torch.full((1, 64), 1e4), torch.eye(64)[:1] * 1e6])
+    u, gamma = fitted.predict(strange)
+    assert u.shape == gamma.shape == (len(strange),)
+    assert u.isfinite().all() and gamma.isfinite().all() and (gamma > u).all()
+    assert fitted.align(strange[-1:], maps[:1]).isfinite().all()
+
+
+@pytest.mark.parametrize("images, maps", [
+    (torch.randn(1, 64), torch.rand(1, 8, 8)),
+    (torch.randn(3, 64), torch.rand(3, 8, 8)),
+    (torch.ones(20, 64), torch.rand(20, 8, 8)),
+    (torch.randn(20, 64), torch.full((20, 8, 8), 100.0))],
+    ids=["one image", "three images", "equal images", "maps without contrast"])
+def test_gamma_is_above_u_for_any_training_set(images, maps):
+    u, gamma = cada.CADA(64).fit(images, maps).predict(torch.cat([images, torch.randn(9, 64)]))
+    assert u.isfinite().all() and gamma.isfinite().all() and (gamma > u).all()
+
+
+def test_an_image_is_aligned_by_itself(fitted):
+    """Neither its neighbours in the batch nor its own map change its u and gamma."""
+    features, maps, *_ = five_classes(3, 4, anomalous=True)
+    u, gamma = fitted.predict(features)
+    torch.testing.assert_close(fitted.predict(features[3:4]), (u[3:4], gamma[3:4]))
+    torch.testing.assert_close(fitted.align(features[3:5], maps[3:5]),
+                               cada.normalise(maps[3:5], u[3:5], gamma[3:5]))
+
+
+def test_a_fit_depends_on_its_seed_alone(fitted):
+    features, maps, *_ = five_classes(1, 40, anomalous=False)
+    torch.manual_seed(99)  # the fixture used another state
+    again = cada.CADA(64).fit(features, maps, seed=0)
+    for first, second in zip(fitted.predict(features), again.predict(features)):
+        assert torch.equal(first, second)
+
+
+def test_cada_is_not_told_the_class():
+    assert list(inspect.signature(cada.CADA.fit).parameters) == ["self", "features", "maps", "seed"]
+    assert list(inspect.signature(cada.CADA.predict).parameters) == ["self", "features"]
+    assert list(inspect.signature(cada.CADA.align).parameters) == ["self", "features", "maps"]
+
+
+@pytest.fixture(scope="module")
+def demo_features():
+    """Pooled features of demo images: training, good test, and those with a ruined patch."""
+    train, test = cada.read_mvtec(DEMO)
+    train = [s for i, s in enumerate(train) if i % 4 == 0]
+    test = [s for i, s in enumerate(t for t in test if t.label == 0) if i % 4 == 0]
+    rng = np.random.default_rng(0)
+
+    def ruin(image):
+        image, (x, y) = image.copy(), rng.integers(0, 104, 2)
+        image.paste(Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)), (x, y))
+        return image
+
+    detector = cada.RevDist(cada.Config(**TINY | {"image_size": 128})).eval()
+    clean, seen = [cada.load_image(s.path) for s in test], [cada.load_image(s.path) for s in train]
+    seen, clean, ruined = (torch.stack([detector.preprocess(i) for i in images])
+                           for images in (seen, clean, map(ruin, clean)))
+    detector.encode.estimate_batchnorm(seen.split(16))
+    with torch.no_grad():
+        pooled = [detector.describe(detector.encode(x))[0] for x in (seen, clean, ruined)]
+    return *pooled, [s.cls for s in train], [s.cls for s in test]
+
+
+def test_a_ruined_patch_hardly_moves_u_and_gamma(demo_features):
+    seen, clean, ruined, classes, test_classes = demo_features
+    scale = {c: 0.1 * 1.4 ** i for i, c in enumerate(sorted(set(classes)))}
+    noise = torch.rand(len(seen), 32, 32, generator=torch.Generator().manual_seed(0))
+    maps = torch.tensor([scale[c] for c in classes])[:, None, None] * (1 + noise)
+    head = cada.CADA(seen.shape[1]).fit(seen, maps)
+    truth = torch.tensor([1.5 * scale[c] for c in test_classes])
+    assert (head.predict(clean)[0] / truth - 1).abs().median() < 0.15  # it does tell the classes
+    for before, after in zip(head.predict(clean), head.predict(ruined)):
+        assert (after / before - 1).abs().median() < 0.15
+
+
+# ---- metrics -------------------------------------------------------------------------------------
+def f1_max(labels, scores) -> float:
+    precision, recall, _ = precision_recall_curve(labels, scores)
+    return (2 * precision * recall / (precision + recall).clip(1e-12)).max()
+
+
+def brute_aupro(maps: np.ndarray, masks: np.ndarray) -> float:
+    """The definition word for word: every distinct threshold, every region."""
+    regions = []  # (image, (H, W) bool)
+    for i, mask in enumerate(masks):
+        labelled, n = ndimage.label(mask, np.ones((3, 3)))
+        regions += [(i, labelled == k) for k in range(1, n + 1)]
+    fpr, pro = [0.0], [0.0]
+    for threshold in sorted(set(maps.ravel()), reverse=True):
+        flagged = maps >= threshold
+        fpr.append(flagged[~masks].mean())
+        pro.append(np.mean([flagged[i][region].mean() for i, region in regions]))
+    inside = [(x, y) for x, y in zip(fpr, pro) if x <= 0.3] + [(0.3, np.interp(0.3, fpr, pro))]
+    return np.trapezoid([y for _, y in inside], [x for x, _ in inside]) / 0.3
+
+
+def pixel_case(name: str) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(len(name))
+    maps, masks = rng.normal(size=(5, 12, 12)), np.zeros((5, 12, 12), bool)
+    masks[0, 2:6, 3:9] = True
+    if name != "one region":  # regions of different areas, some diagonal; image 4 stays good
+        masks[1, [0, 1, 2], [0, 1, 2]] = True
+        masks[1, 8:, 9:] = True
+        masks[2:4] = rng.random((2, 12, 12)) < 0.1
+    maps += 1.5 * masks
+    return (maps.round(0) if name == "ties" else maps), masks
+
+
+@pytest.mark.parametrize("name", ["one region", "many regions", "ties"])
+def test_pixel_metrics_follow_their_definitions(name):
+    maps, masks = pixel_case(name)
+    found = cada.pixel_metrics(torch.tensor(maps), torch.tensor(masks))
+    flat = masks.ravel(), maps.ravel()
+    assert found == pytest.approx({
+        "P-AUROC": roc_auc_score(*flat), "P-AP": average_precision_score(*flat),
+        "P-F1max": f1_max(*flat), "AUPRO": brute_aupro(maps, masks)}, abs=1e-6)
+
+
+def test_regions_are_joined_by_a_corner():
+    """Half of a diagonal pair found, a lone pixel not: overlap 1/4, then on a line to (1, 1)."""
+    masks, maps = torch.zeros(1, 20, 20, dtype=torch.bool), torch.zeros(1, 20, 20)
+    masks[0, [3, 4, 10], [3, 4, 10]] = True
+    maps[0, 3, 3] = 1
+    at_03 = 0.25 + 0.3 * 0.75
+    assert cada.pixel_metrics(maps, masks)["AUPRO"] == pytest.approx((0.25 + at_03) / 2)
+
+
+def test_a_perfect_map_has_perfect_metrics():
+    masks = torch.tensor(pixel_case("many regions")[1])
+    assert cada.pixel_metrics(masks.float(), masks) == pytest.approx(
+        {"P-AUROC": 1, "P-AP": 1, "P-F1max": 1, "AUPRO": 1})
+
+
+@pytest.mark.parametrize("digits", [1, 12])  # 1: many ties
+def test_image_metrics_equal_scikit_learn(digits):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 60)
+    scores = (rng.random(60) + 0.3 * labels).round(digits)
+    assert cada.image_metrics(scores, labels) == pytest.approx({
+        "I-AUROC": roc_auc_score(labels, scores), "I-AP": average_precision_score(labels, scores),
+        "I-F1max": f1_max(labels, scores)}, abs=1e-9)
+
+
+def test_a_class_of_good_images_has_no_metrics_and_does_not_count():
+    maps, masks = (torch.tensor(x) for x in pixel_case("many regions"))
+    maps, masks = maps.repeat(2, 1, 1), torch.cat([masks, torch.zeros_like(masks)])
+    labels, classes = np.array([1, 1, 1, 1, 0] + [0] * 5), np.array(["a"] * 5 + ["b"] * 5)
+    found = cada.summarise(maps.amax((1, 2)).numpy(), labels, classes, maps, masks)
+    assert all(math.isnan(v) for v in found["per_class"]["b"].values())
+    assert found["class_mean"] == found["per_class"]["a"]
+    assert not any(math.isnan(v) for v in found["pooled"].values())
+    assert "NaN" not in json.dumps(cada.without_nan(found))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has another unit elsewhere")
+def test_13_million_pixels_fit_in_3_gb():
+    done = shell("-c", "import resource, torch, cada\n"
+                 "masks = torch.zeros(200, 256, 256, dtype=torch.bool)\n"
+                 "masks[::2, 100:140, 90:150] = True\n"
+                 "cada.pixel_metrics(torch.rand(200, 256, 256), masks)\n"
+                 "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)", cwd=HERE)
+    assert int(done.stdout) * 1024 < 3e9
+
+
+# ---- cache and checkpoint ------------------------------------------------------------------------
+EXACT = "raw", "cada", "oracle", "u", "gamma"
+
+
+@pytest.mark.parametrize("cache", ["disk", "off"])
+def test_cache_changes_no_score_and_leaves_nothing(cache, data, trained, tmp_path):
+    """Also: one seed gives one result, the run compared with being another process."""
+    assert run("--data", data, "--out", tmp_path / "out", *FLAGS, "--cache", cache) == 0
+    np.testing.assert_array_equal(numbers(tmp_path / "out", *EXACT), numbers(trained.out, *EXACT))
+    assert {p.name for p in listing(tmp_path / "out")} == {p.name for p in trained.files}
+
+
+def test_the_seed_alone_decides_the_batches():
+    batches = cada.shuffled(12, 4, 6, seed=0)
+    assert np.shape(batches) == (6, 4)
+    assert sorted(sum(batches[:3], [])) == sorted(sum(batches[3:], [])) == list(range(12))
+    assert cada.shuffled(12, 4, 6, seed=0) == batches != cada.shuffled(12, 4, 6, seed=1)
+
+
+def test_renaming_the_classes_changes_no_score(tree, trained, tmp_path):
+    (tree / "a").rename(tree / "screws")
+    (tree / "b").rename(tree / "washers")
+    assert run("--data", tree, "--out", tmp_path / "out", *FLAGS) == 0
+    assert {row["class"] for row in rows_of(tmp_path / "out")} == {"screws", "washers"}
+    np.testing.assert_array_equal(numbers(tmp_path / "out", *EXACT), numbers(trained.out, *EXACT))
+
+
+KILL_AFTER_TWO_STEPS = """
+import os, signal, sys, cada
+save = cada.save_checkpoint
+def save_and_die(path, content):
+    save(path, content)
+    if content["step"] == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+cada.save_checkpoint = save_and_die
+cada.main(sys.argv[1:])
+"""
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(data, trained, tmp_path, fails):
+    out = tmp_path / "killed"
+    done = shell("-c", KILL_AFTER_TWO_STEPS, "--data", data, "--out", out, *FLAGS,
+                 "--cache", "disk", cwd=HERE)
+    assert done.returncode == -signal.SIGKILL
+    assert {p.name for p in listing(out)} == {"checkpoint.pt"}  # and no cache
+    fails("eval", "--checkpoint", out / "checkpoint.pt", says=["step 2 of 4", "--resume"])
+    assert run("--resume", "--out", out) == 0
+    assert results(out) == results(trained.out)
+    np.testing.assert_array_equal(numbers(out, *EXACT), numbers(trained.out, *EXACT))
+
+
+def test_checkpoint_is_plain_and_complete(trained):
+    content = torch.load(trained.checkpoint, weights_only=True)
+    assert content["config"]["image_size"] == 64 and content["step"] == 4
+    assert content["optimizer"]["state"] and content["schedule"]["last_epoch"] == 4
+    assert content["random"]["cpu"].dtype == torch.uint8 and content["cada"]
+    told = json.loads((trained.out / "metrics.json").read_text())
+    assert content["threshold"] == told["threshold"]
+    teacher = cada.Teacher("resnet18", "none", 0)
+    teacher.load_state_dict(content["teacher"]["state"])
+    assert teacher.identity() == content["teacher"]["identity"]
+
+
+@pytest.fixture(scope="module")
+def weights_files(session_path) -> list[Path]:
+    """Two ResNet-18 weight files with different weights."""
+    files = [session_path / f"resnet18-{seed}.pth" for seed in (0, 1)]
+    for seed, file in enumerate(files):
+        torch.manual_seed(seed)
+        torch.save(torchvision.models.resnet18().state_dict(), file)
+    return files
+
+
+def test_a_teacher_from_a_file_stays_and_no_other_will_do(data, weights_files, tmp_path, fails):
+    out = tmp_path / "trained"
+    one_step = [*FLAGS, "--weights", weights_files[0], "--iters", 1]
+    assert run("--data", data, "--out", out, *one_step) == 0
+    teacher = torch.load(out / "checkpoint.pt", weights_only=True)["teacher"]
+    assert teacher["state"] is None
+    assert teacher["identity"] == cada.Teacher("resnet18", str(weights_files[0]), 5).identity()
+    fails("eval", "--checkpoint", out / "checkpoint.pt", "--weights", weights_files[1],
+          says=[str(out / "checkpoint.pt"), "another teacher", "--weights"])
+
+
+# ---- the script as a user runs it ----------------------------------------------------------------
+def test_train_writes_and_prints_what_it_says(trained):
+    names = {"checkpoint.pt", "metrics.json", "scores.csv", "heatmaps.png", "distributions.png"}
+    assert {p.name for p in trained.files} == names
+    metrics = json.loads((trained.out / "metrics.json").read_text())
+    assert set(metrics) == {"script", "config", "versions", "seconds", "threshold", "results"}
+    assert set(metrics["results"]) == {"raw", "cada", "oracle"}
+    for variant in metrics["results"].values():
+        assert set(variant) == {"pooled", "class_mean", "per_class"}
+        assert set(variant["per_class"]) == {"a", "b"}
+        assert set(variant["pooled"]) == {"I-AUROC", "I-AP", "I-F1max", "P-AUROC", "P-AP",
+                                          "P-F1max", "AUPRO"}
+    for words in ("class mean", "pooled", "oracle", "AUPRO", "threshold"):
+        assert words in trained.stdout
+    assert "RANDOM" in trained.stderr and "\r" not in trained.stderr  # no progress bar in a pipe
+
+
+def test_scores_and_metrics_tell_the_same(trained):
+    labels = numbers(trained.out, "label")[:, 0]
+    classes = np.array([row["class"] for row in rows_of(trained.out)])
+    for variant in ("raw", "cada", "oracle"):
+        scores, told = numbers(trained.out, variant)[:, 0], results(trained.out)[variant]
+        assert told["pooled"]["I-AUROC"] == pytest.approx(auroc(scores, labels))
+        assert told["class_mean"]["I-AUROC"] == pytest.approx(auroc(scores, labels, classes))
+
+
+def test_train_eval_predict_from_the_shell(data, trained, tmp_path):
+    words = "--checkpoint", trained.checkpoint, "--out", tmp_path / "out"
+    done = shell("cada.py", "eval", *words, cwd=HERE)
+    assert done.returncode == 0, done.stderr
+    *told, wrote = done.stdout.splitlines()
+    assert told == trained.stdout.splitlines()[:-1]
+    assert "checkpoint.pt" not in wrote and not (tmp_path / "out/checkpoint.pt").exists()
+    assert results(tmp_path / "out") == results(trained.out)
+
+    paths = data / "b/test", data / "a/test/hole/001.png"
+    done = shell("cada.py", "predict", *paths, *words, cwd=HERE)
+    assert done.returncode == 0, done.stderr
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    scored = {row["path"]: row for row in rows_of(trained.out)}
+    assert len(told) == 7 and len({row["overlay"] for row in told}) == 7
+    for row in told:
+        assert row.keys() >= {"path", "score", "threshold", "anomalous", "u", "gamma"}
+        expected = scored[row["path"]]
+        for here, there in (("score", "cada"), ("u", "u"), ("gamma", "gamma")):
+            assert row[here] == pytest.approx(float(expected[there]), abs=1e-4)
+        assert row["anomalous"] == (row["score"] > row["threshold"])
+        assert Image.open(row["overlay"]).size == Image.open(row["path"]).size
+
+
+def test_predict_needs_no_data_set_and_takes_any_image(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cada, "read_dataset", None)
+    for i, name in enumerate(("grey 16 bit png", "rgba", "cmyk jpeg")):
+        image, suffix, _ = image_modes()[name]
+        save(image, tmp_path / "images" / f"deep/{i}{suffix}")
+    assert run("predict", tmp_path / "images", "--checkpoint", trained.checkpoint,
+               "--out", tmp_path / "out") == 0
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [Path(row["path"]).name for row in told] == ["0.png", "1.png", "2.JPG"]
+    assert all(Image.open(row["overlay"]).size == (50, 40) for row in told)
+
+
+def test_scores_do_not_depend_on_the_batch_size(trained, tmp_path):
+    words = "--checkpoint", trained.checkpoint, "--out", tmp_path
+    assert run("eval", *words, "--batch-size", 5) == 0
+    np.testing.assert_allclose(numbers(tmp_path, *EXACT), numbers(trained.out, *EXACT), atol=1e-4)
+
+
+def test_a_visa_tree_is_evaluated(visa, trained, tmp_path, capsys):
+    """Classes that the training set did not have: there is no oracle for them."""
+    words = "--checkpoint", trained.checkpoint, "--out", tmp_path / "out"
+    assert run("eval", *words, "--data", visa, "--workers", 1) == 0
+    assert [row["label"] for row in rows_of(tmp_path / "out")] == ["0", "0", "1", "1", "1"] * 2
+    found = results(tmp_path / "out")
+    assert set(found) == {"raw", "cada"} and found["cada"]["pooled"]["AUPRO"] is not None
+    assert "candle" in capsys.readouterr().out
+
+
+def test_without_masks_there_are_image_metrics_only(tree, trained, tmp_path, capsys):
+    for cls in "ab":
+        shutil.rmtree(tree / cls / "ground_truth")
+    words = "--checkpoint", trained.checkpoint, "--out", tmp_path / "out"
+    assert run("eval", *words, "--data", tree) == 0
+    found, expected = (results(out)["cada"]["pooled"] for out in (tmp_path / "out", trained.out))
+    assert found == {k: v for k, v in expected.items() if k.startswith("I-")}
+    assert "no masks" in capsys.readouterr().out
+
+
+def test_an_overlay_has_one_fixed_scale(tmp_path):
+    image = Image.fromarray(COLOURS)
+    for name, value in (("cold", 0.0), ("warm", 0.5), ("hot", 1.0)):
+        cada.write_overlay(tmp_path / f"{name}.png", image, torch.full((8, 8), value), full=1.0)
+    cold, warm, hot = (np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int)
+                       for name in ("cold", "warm", "hot"))
+    np.testing.assert_array_equal(cold, COLOURS)  # per-image scaling would give three equal ones
+    assert 0 < np.abs(warm - COLOURS).mean() < np.abs(hot - COLOURS).mean()
+
+
+def test_help_names_every_flag(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("--help")
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for flag in ("data out seed device teacher weights image-size batch-size iters lr cache "
+                 "checkpoint resume workers").split():
+        assert f"--{flag} " in text
+
+
+# ---- bad input -----------------------------------------------------------------------------------
+@pytest.fixture
+def fails(tmp_path, capsys):
+    """Run the command line and see it end as a user's mistake should: exit code 2, one line that
+    says what is wrong, and an output folder (tmp_path/out) without anything new in it."""
+    def check(*words, says):
+        before = listing(tmp_path / "out")
+        code, lines = run(*words, "--out", tmp_path / "out"), capsys.readouterr().err.splitlines()
+        assert code == 2
+        assert [line for line in lines if line.startswith("cada.py: error: ")] == lines[-1:]
+        assert not any("Traceback" in line for line in lines)
+        for word in says:
+            assert word in lines[-1]
+        assert listing(tmp_path / "out") == before
+
+    return check
+
+
+def missing_folder(tree):
+    shutil.rmtree(tree)
+    return [str(tree), "no such folder"]
+
+
+def empty_folder(tree):
+    shutil.rmtree(tree)
+    tree.mkdir()
+    return [str(tree), "no training images"]
+
+
+def a_class_without_training_images(tree):
+    for path in (tree / "a/train/good").iterdir():
+        path.unlink()
+    return [str(tree / "a/train/good"), "no training images"]
+
+
+def no_test_images(tree):
+    for cls in "ab":
+        shutil.rmtree(tree / cls / "test")
+        shutil.rmtree(tree / cls / "ground_truth")
+    return [str(tree), "no test images"]
+
+
+def unreadable_image(tree):
+    path = tree / "a/train/good/003.png"
+    path.write_text("this is no image")
+    return [str(path)]
+
+
+def truncated_image(tree):
+    path = tree / "b/test/good/001.png"
+    path.write_bytes(path.read_bytes()[:-2000])
+    return [str(path)]
+
+
+def empty_image(tree):
+    path = tree / "b/train/good/000.png"
+    path.write_bytes(b"")
+    return [str(path)]
+
+
+def mask_without_image(tree):
+    (tree / "a/test/hole/001.png").unlink()
+    return [str(tree / "a/ground_truth/hole/001_mask.png")]
+
+
+def mask_without_folder_of_images(tree):
+    """Such as a misspelled kind of defect: its images would count as unmasked, or be missed."""
+    mask = save(Image.new("L", (64, 64), 255), tree / "a/ground_truth/scratch/000_mask.png")
+    return [str(mask)]
+
+
+def image_without_mask(tree):
+    (tree / "a/ground_truth/hole/001_mask.png").unlink()
+    return [str(tree / "a/test/hole/001.png")]
+
+
+def two_masks_of_one_image(tree):
+    masks = tree / "a/ground_truth/hole"
+    shutil.copy(masks / "000_mask.png", masks / "000.png")
+    return [str(masks / "000"), "two masks"]
+
+
+def mask_of_another_size(tree):
+    mask = save(Image.new("L", (64, 80), 255), tree / "b/ground_truth/hole/002_mask.png")
+    return [str(mask), "80 x 64"]
+
+
+def unreadable_mask(tree):
+    path = tree / "b/ground_truth/hole/002_mask.png"
+    path.write_text("this is no image")
+    return [str(path)]
+
+
+@pytest.mark.parametrize("spoil", [
+    missing_folder, empty_folder, a_class_without_training_images, no_test_images,
+    unreadable_image, truncated_image, empty_image, mask_without_image,
+    mask_without_folder_of_images, image_without_mask, two_masks_of_one_image,
+    mask_of_another_size, unreadable_mask], ids=lambda f: f.__name__)
+def test_bad_data(spoil, tree, fails):
+    says = spoil(tree)
+    fails("train", "--data", tree, *FLAGS, says=says)
+
+
+def test_visa_image_that_is_not_there(visa, fails):
+    image = visa / "pcb1/Data/Images/Normal/0001.JPG"
+    image.unlink()
+    fails("--data", visa, *FLAGS, says=[str(image)])
+
+
+def test_visa_split_file_without_its_columns(visa, fails):
+    (visa / "split_csv/1cls.csv").write_text("object,split,image\ncandle,train,x.JPG\n")
+    fails("--data", visa, *FLAGS, says=["1cls.csv"])
+
+
+@pytest.mark.parametrize("words, says", [
+    ("explain", ["explain", "train, eval or predict"]),
+    ("train data/mvtec", ["data/mvtec", "--data"]),
+    ("predict", ["image or folder"]),
+    ("--frobnicate 3", ["--frobnicate"]),
+    ("--iters ten", ["--iters", "ten"]),
+    ("--iters 0", ["--iters"]),
+    ("--batch-size -4", ["--batch-size"]),
+    ("--lr 0", ["--lr"]),
+    ("--lr nan", ["--lr"]),
+    ("--seed -1", ["--seed"]),
+    ("--workers -1", ["--workers"]),
+    ("--quantile 1.5", ["--quantile"]),
+    ("--image-size 100", ["--image-size", "32"]),
+    ("--image-size 0", ["--image-size"]),
+    ("--cache tape", ["--cache", "ram"]),
+    ("--device abacus", ["--device", "cuda"]),
+    ("--loss mse", ["--loss", "flat"]),
+    ("--teacher vgg16", ["--teacher vgg16", "wide_resnet50_2"]),
+    ("--teacher resnet18 --weights IMAGENET1K_V9", ["--weights", "IMAGENET1K_V1"]),
+    ("--checkpoint old.pt", ["--checkpoint", "--resume"]),
+    ("--resume", ["checkpoint.pt", "no such file"]),
+    ("eval", ["checkpoint.pt", "no such file"]),
+    ("eval --checkpoint nowhere.pt", ["nowhere.pt", "no such file"])])
+def test_bad_flags(words, says, data, fails):
+    fails(*words.split(), "--data", data, says=says)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_no_gpu(data, fails):
+    fails("--data", data, *FLAGS, "--device", "cuda", says=["--device cuda", "cpu"])
+
+
+def nan_loss(monkeypatch, tmp_path):
+    loss = cada.RevDist.loss
+    monkeypatch.setattr(cada.RevDist, "loss", lambda *args: loss(*args) * math.nan)
+    return [], ["loss", "nan", "--lr"]
+
+
+def diverged_in_the_last_step(monkeypatch, tmp_path):
+    """The last loss is still finite; the weights after it are not."""
+    return ["--iters", 1, "--lr", 1e30], ["--lr"]
+
+
+def out_of_memory(monkeypatch, tmp_path):
+    def loss(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0 has")
+
+    monkeypatch.setattr(cada.RevDist, "loss", loss)
+    return [], ["out of memory", "--batch-size"]
+
+
+def control_c(monkeypatch, tmp_path):
+    def loss(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cada.RevDist, "loss", loss)
+    return [], ["interrupted", "--resume"]
+
+
+def full_disk_for_the_cache(monkeypatch, tmp_path):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    return ["--cache", "disk"], ["--cache", "space"]
+
+
+def no_network(monkeypatch, tmp_path):
+    def urlopen(*args, **more):
+        raise URLError("Name or service not known")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # what was downloaded before must not help
+    monkeypatch.setattr(torch.hub, "urlopen", urlopen)
+    return ["--weights", "IMAGENET1K_V1"], ["--weights IMAGENET1K_V1", "FILE", "none"]
+
+
+@pytest.mark.parametrize("spoil", [
+    nan_loss, diverged_in_the_last_step, out_of_memory, control_c, full_disk_for_the_cache,
+    no_network], ids=lambda f: f.__name__)
+def test_a_run_that_cannot_go_on(spoil, data, tmp_path, monkeypatch, fails):
+    words, says = spoil(monkeypatch, tmp_path)
+    fails("--data", data, *FLAGS, *words, says=says)
+
+
+@pytest.mark.parametrize("error", [
+    OSError(28, "No space left on device"),
+    RuntimeError("[enforce fail at inline_container.cc:664]")], ids=["OSError", "RuntimeError"])
+@pytest.mark.parametrize("old", [None, b"an earlier run's"], ids=["new", "overwriting"])
+def test_full_disk_for_the_checkpoint(error, old, data, tmp_path, monkeypatch, fails):
+    """What was there stays, and no partial file is left."""
+    def fill(content, path):
+        Path(path).write_bytes(b"half a checkpoint")
+        raise error
+
+    monkeypatch.setattr(torch, "save", fill)
+    if old:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/checkpoint.pt").write_bytes(old)
+    fails("--data", data, *FLAGS, says=["checkpoint.pt", "--out"])
+    assert not old or (tmp_path / "out/checkpoint.pt").read_bytes() == old
+
+
+def test_out_is_a_file(data, tmp_path, fails):
+    (tmp_path / "out").write_text("not a folder")
+    fails("--data", data, *FLAGS, says=[str(tmp_path / "out")])
+
+
+def test_weights_that_do_not_fit(weights_files, data, tmp_path, fails):
+    fails("--data", data, *FLAGS, "--teacher", "resnet34", "--weights", weights_files[0],
+          says=[str(weights_files[0]), "does not fit resnet34"])
+    (tmp_path / "garbage.pth").write_bytes(bytes(range(256)))
+    fails("--data", data, *FLAGS, "--weights", tmp_path / "garbage.pth",
+          says=[str(tmp_path / "garbage.pth")])
+
+
+def test_not_a_checkpoint(tmp_path, weights_files, fails):
+    garbage, other = tmp_path / "garbage.pt", tmp_path / "other.pt"
+    garbage.write_bytes(bytes(range(256)))
+    torch.save({"script": "cnc"}, other)
+    for path in (garbage, other, weights_files[0]):
+        fails("eval", "--checkpoint", path, says=[str(path)])
+
+
+@pytest.mark.parametrize("words, says", [
+    ("eval --image-size 96", ["--image-size 96", "64"]),
+    ("eval --teacher resnet34", ["--teacher resnet34", "resnet18"]),
+    ("train --resume --iters 8", ["--iters 8", "4"]),
+    ("predict nowhere.png", ["nowhere.png"]),
+    ("predict nowhere.png --workers 1", ["nowhere.png"])])  # told by a worker process
+def test_a_good_checkpoint_and_a_bad_command(words, says, trained, fails):
+    fails(*words.split(), "--checkpoint", trained.checkpoint, says=says)
+
+
+def test_predict_on_a_folder_without_images(trained, tmp_path, fails):
+    (tmp_path / "empty").mkdir()
+    fails("predict", tmp_path / "empty", "--checkpoint", trained.checkpoint,
+          says=[str(tmp_path / "empty"), "no images"])
