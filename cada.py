@@ -1,4 +1,4 @@
-"""CADA: one detector, one threshold, no class labels (arXiv:2404.00724), on RevDist (2201.10703).
+r"""CADA: one detector, one threshold, no class labels (arXiv:2404.00724), on RevDist (2201.10703).
 
 Guo, Han, Lu, Zhang, Li. Absolute-Unified Multi-Class Anomaly Detection via Class-Agnostic
 Distribution Alignment, 2024. A reconstruction from public facts; every choice says where it is from:
@@ -234,7 +234,7 @@ class Config:
 
 
 # What replaces the defaults on the demo set, so that two CPU cores do it in minutes. [ours]
-DEMO = {"teacher": "resnet18", "weights": "none", "image_size": 128, "iters": 400, "workers": 0}
+DEMO = {"teacher": "resnet18", "weights": "none", "image_size": 128, "iters": 200, "workers": 0}
 # Flags that may differ between a checkpoint and the command that reads it.
 FREE = ("out", "device", "cache", "checkpoint", "resume", "workers", "weights")
 
@@ -290,18 +290,21 @@ def read_mvtec(root: Path) -> tuple[list[Sample], list[Sample]]:
         if not normal:
             raise UserError(f"no training images in {d / 'train/good'}; put normal images there")
         train += [Sample(p, d.name, 0) for p in normal]
-        for kind in sorted(k for k in d.glob("test/*") if k.is_dir()):
-            images, label = images_in(kind), int(kind.name != "good")
-            masks = pair_masks(images, d / "ground_truth" / kind.name) if label and has_masks else {}
+        for kind in sorted({k.name for k in (*d.glob("test/*"), *d.glob("ground_truth/*"))}):
+            images, label = images_in(d / "test" / kind), int(kind != "good")
+            masks = pair_masks(images, d / "ground_truth" / kind) if label and has_masks else {}
             test += [Sample(p, d.name, label, masks.get(p)) for p in images]
     return train, test
 
 
 def read_visa(root: Path) -> tuple[list[Sample], list[Sample]]:
     """Read the raw VisA archive by its own split file, split_csv/1cls.csv."""
-    splits = {"train": [], "test": []}
+    splits, columns = {"train": [], "test": []}, {"object", "split", "label", "image", "mask"}
     with open(root / "split_csv/1cls.csv", newline="") as file:
         for row in csv.DictReader(file):
+            if not columns <= row.keys():
+                raise UserError(f"{file.name} lacks a column of {', '.join(sorted(columns))}; "
+                                "take the file from VisA's archive")
             label = int(row["label"] != "normal")
             if label and not row["mask"]:
                 raise UserError(f"no mask for {row['image']} in {file.name}; add it")
@@ -629,7 +632,7 @@ class CADA(nn.Module):
 
     def fit(self, features: torch.Tensor, maps: torch.Tensor, seed: int = 0) -> "CADA":
         """Learn from normal images: features (N, C), raw maps (N, H, W). No label, no gradient."""
-        self.mean, self.std = features.mean(0), features.std(0) + 1e-6
+        self.mean, self.std = features.mean(0), features.std(0, correction=0) + 1e-6
         x = ((features - self.mean) / self.std).numpy()
         kmeans = implicit_classes(x, self.MAX_CLASSES, seed)
         labels = torch.from_numpy(kmeans.labels_)
@@ -643,7 +646,8 @@ class CADA(nn.Module):
         """(N, C) -> u (N,) and gamma (N,), gamma > u: those of the nearest implicit class."""
         x = (features - self.mean) / self.std
         u, gamma = self.statistics[torch.cdist(x, self.centres).argmin(1)].unbind(1)
-        return u, torch.maximum(gamma, u + 1e-6)  # a map without contrast has gamma = u
+        least = 1e-6 * u.abs().clamp(min=1)  # maps without any contrast have gamma = u
+        return u, torch.maximum(gamma, u + least)
 
     def align(self, features: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
         """(N, C) and (N, H, W) -> (N, H, W): 0 is the mean of normal maps of the class, 1 their
@@ -996,9 +1000,9 @@ def plot_heatmaps(path: Path, samples, masks, maps: dict[str, tuple]) -> None:
             i, size = index[len(index) // 2], next(iter(maps.values()))[0].shape[1:]
             cells[0].imshow(load_image(samples[i].path).resize(size))
             if masks is not None:
-                cells[1].imshow(masks[i], cmap="gray", vmin=0, vmax=1)
+                cells[1].imshow(masks[i].numpy(), cmap="gray", vmin=0, vmax=1)
             for cell, (values, full) in zip(cells[-len(maps):], maps.values()):
-                cell.imshow(values[i], cmap="inferno", vmin=0, vmax=full)
+                cell.imshow(values[i].numpy(), cmap="inferno", vmin=0, vmax=full)
         row[0].text(-0.08, 0.5, cls, transform=row[0].transAxes, ha="right", va="center")
     for k, ax in enumerate(axes[0]):
         kind = "good" if k < len(titles) else "defective"
@@ -1093,7 +1097,7 @@ def configure(given: dict) -> tuple[Config, dict | None]:
         raise UserError("--checkpoint is read by eval, predict and --resume; train writes to --out")
     root, why = choose_data(given.get("data"))
     print(f"data: {root} ({why})", file=sys.stderr)
-    defaults = DEMO if root.resolve() == HERE / "data/demo" else {}
+    defaults = DEMO if root.resolve() == (HERE / "data/demo").resolve() else {}
     cfg = Config(**{**defaults, **given, "data": str(root)})
     check_config(cfg)
     return cfg, None
@@ -1110,6 +1114,9 @@ def check_config(cfg: Config) -> None:
     if cfg.image_size < 32 or cfg.image_size % 32:
         raise UserError(f"--image-size {cfg.image_size}: must be a multiple of 32, since the "
                         "one-class code has 1/32 of the resolution")
+    if cfg.batch_size * (cfg.image_size // 32) ** 2 < 2:
+        raise UserError("--batch-size 1: BatchNorm needs two values a channel; use at least 2, or "
+                        "a larger --image-size")
     if not 0 < cfg.quantile <= 1:
         raise UserError(f"--quantile {cfg.quantile}: must be above 0 and at most 1")
 
@@ -1143,8 +1150,10 @@ def image_batches(images: Images, cfg: Config, device):
 def describe(detector, batches):
     """Run the detector over teacher features: pooled (N, C) and raw maps (N, S, S), on the CPU."""
     detector.eval()
-    pooled, maps = zip(*([t.cpu() for t in detector.describe(f)] for f in batches))
-    return torch.cat(pooled), torch.cat(maps)
+    pooled, maps = map(torch.cat, zip(*([t.cpu() for t in detector.describe(f)] for f in batches)))
+    if not maps.isfinite().all():
+        raise UserError("the anomaly maps are not finite: the training diverged; lower --lr")
+    return pooled, maps
 
 
 def train(given: dict) -> None:
@@ -1276,7 +1285,7 @@ def evaluate(cfg, detector, cada, content, test_set, device, started) -> None:
     if unknown:
         print(f"no oracle rows: class {min(unknown)} was not in the training set")
     print(threshold_line(threshold, cfg.quantile, anomalous, labels))
-    print(f"wrote {out}/: checkpoint.pt, metrics.json, scores.csv, heatmaps.png, distributions.png")
+    print(f"wrote metrics.json, scores.csv, heatmaps.png and distributions.png to {out}")
 
 
 def predict(given: dict, paths: list[str]) -> None:
