@@ -1,14 +1,14 @@
 r"""CADA: one detector, one threshold, no class labels (arXiv:2404.00724), on RevDist (2201.10703).
 
 Guo, Han, Lu, Zhang, Li. Absolute-Unified Multi-Class Anomaly Detection via Class-Agnostic
-Distribution Alignment, 2024. A reconstruction from public facts; every choice says where it is from:
-[paper] stated there, [author] in public code of the first author, [ours] our reading.
+Distribution Alignment, 2024. A reconstruction from public facts; every choice says where it comes
+from: [paper] stated there, [author] in public code of its first author, [ours] our reading.
 
 The idea. A detector trained on many classes scores each class on a level of its own: a normal
 granite slab scores higher than a torn wire grid. So no single threshold can serve, and to rank all
 images together is hopeless. CADA looks at the image, predicts which mean u and which maximum gamma
-the anomaly maps of *normal* images of its kind have, and rescales the map by them. No class label is
-used in training or at test. The detector is not changed, so nearly any will do.
+the anomaly maps of *normal* images of its kind have, and rescales the map by them. No class label
+is used in training or at test. The detector is not changed, so nearly any will do.
 
     image (B, 3, S, S)
       |
@@ -102,7 +102,7 @@ def atomic(path: Path):
 
 
 def make_folder(path: Path) -> Path:
-    """Create the output folder before hours of work, not after. Raises UserError if it cannot be."""
+    """Create the output folder before hours of work, not after. Raises UserError if that fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
@@ -170,7 +170,7 @@ def parse_args(argv, config: type, description: str) -> tuple[str, list[str], di
 
 
 def choose_data(given: str | None) -> tuple[Path, str]:
-    """The data set's folder and why it was chosen: --data, else data/mvtec, data/visa, data/demo."""
+    """The data set's folder and why: --data, else data/mvtec, else data/visa, else data/demo."""
     if given is not None:
         return Path(given), "given by --data"
     for name in ("mvtec", "visa"):
@@ -182,9 +182,10 @@ def choose_data(given: str | None) -> tuple[Path, str]:
 
 def choose_device(name: str) -> torch.device:
     """Turn --device into a torch device. Raises UserError if this machine does not have it."""
-    have = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+            "cpu": True}
     if name == "auto":
-        name = next(d for d in ("cuda", "mps", "cpu") if have[d])
+        name = next(d for d in have if have[d])
     if not have[name]:
         raise UserError(f"--device {name}: this machine has none that PyTorch can use; "
                         "use --device auto or --device cpu")
@@ -214,18 +215,18 @@ class Config:
     out: str = option("runs/cada", "folder for everything that is written")
     seed: int = option(0, "seed of weights, batches and CADA's training")
     device: str = option("auto", "where to run", ("auto", "cpu", "cuda", "mps"))
-    teacher: str = option("wide_resnet50_2", "frozen torchvision ResNet [author]")
+    teacher: str = option("wide_resnet50_2", "frozen torchvision ResNet; RevDist's [paper]")
     weights: str = option("IMAGENET1K_V1", "its weights: torchvision tag, local file, or none "
-                          "(random) [author]")
-    image_size: int = option(256, "images are squashed to a square of so many pixels [author]")
+                          "(random)")
+    image_size: int = option(256, "images are squashed to a square of so many pixels")
     batch_size: int = option(16, "images a training step [author]")
     iters: int = option(5000, "training steps of the detector [author]")
-    lr: float = option(2e-3, "AdamW learning rate of the detector, x 0.2 at 80 %% of iters [author]")
+    lr: float = option(2e-3, "AdamW learning rate, x 0.2 at 80 %% of iters [author]")
     loss: str = option("flat", "cosine of a whole flattened layer [author] or by position [ours]",
                        ("flat", "position"))
-    quantile: float = option(0.99, "share of normal training scores at or below the threshold [ours]")
-    cache: str = option("auto", "teacher features in memory, in a temporary file, or computed anew; "
-                        "auto: ram if half of the free memory holds them [ours]",
+    quantile: float = option(0.99, "share of normal training scores below the threshold [ours]")
+    cache: str = option("auto", "teacher features in memory, in a temporary file, or computed "
+                        "anew; auto: ram if half of the free memory holds them [ours]",
                         ("auto", "ram", "disk", "off"))
     checkpoint: str = option(None, "checkpoint to read (eval, predict, --resume); default: "
                              "checkpoint.pt in --out")
@@ -281,8 +282,9 @@ def pair_masks(images: list[Path], folder: Path) -> dict[Path, Path]:
 
 def read_mvtec(root: Path) -> tuple[list[Sample], list[Sample]]:
     """Read an MVTec-style tree: <class>/{train/good,test/<kind>,ground_truth/<kind>}/*."""
-    one = (root / "train").is_dir()  # the folder of a single class is a data set too
-    classes = [root.resolve()] if one else sorted(d for d in root.iterdir() if (d / "train").is_dir())
+    classes = sorted(d for d in root.iterdir() if (d / "train").is_dir())
+    if (root / "train").is_dir():  # the folder of a single class is a data set too
+        classes = [root.resolve()]
     has_masks = any(images_in(d / "ground_truth", recursive=True) for d in classes)
     train, test = [], []
     for d in classes:
@@ -421,11 +423,11 @@ def resnet_names() -> list[str]:
 
 
 class Teacher(nn.Module):
-    """A ResNet up to layer3, frozen: no gradients, always in eval mode. [author]
+    """RevDist's teacher [paper]: a ResNet up to layer3, no gradients, always in eval mode.
 
     forward: (B, 3, S, S) -> [(B, C1, S/4, S/4), (B, C2, S/8, S/8), (B, C3, S/16, S/16)], float16.
     Half precision always, cached or not, so that --cache changes the time and nothing else.
-    layer4 is no part of the method [author], so it is not run.
+    RevDist reads nothing of layer4, so layer4 is not run.
     Raises UserError for an unknown name and for weights that cannot be had or do not fit.
     """
 
@@ -444,7 +446,7 @@ class Teacher(nn.Module):
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True):
-        """Stay in eval mode whatever the parent module does: the BatchNorm statistics are frozen."""
+        """Stay in eval mode whatever the parent does: the BatchNorm statistics are frozen too."""
         return super().train(False)
 
     @torch.no_grad()
@@ -493,7 +495,7 @@ def resnet_weights(name: str, weights: str, resnet: nn.Module) -> dict:
         return state
     tags = {w.name: w for w in torchvision.models.get_model_weights(name)}
     if weights not in tags:
-        raise UserError(f"--weights {weights}: neither a file nor one of {', '.join(tags)}; {remedy}")
+        raise UserError(f"--weights {weights}: no file and none of {', '.join(tags)}; {remedy}")
     try:
         return tags[weights].get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
     except (OSError, RuntimeError) as e:  # URLError is an OSError; a wrong hash a RuntimeError
@@ -507,11 +509,11 @@ def halve(channels_in: int, channels_out: int) -> nn.Sequential:
                          nn.BatchNorm2d(channels_out), nn.ReLU(inplace=True))
 
 
-def residual_stage(like: nn.Module, inputs: int, planes: int, depth: int, up: bool) -> nn.Sequential:
-    """`depth` residual blocks of the teacher's own kind; the first halves or doubles the resolution.
+def residual_stage(like, inputs: int, planes: int, depth: int, up: bool) -> nn.Sequential:
+    """`depth` residual blocks of the kind in ResNet `like`; the first halves or doubles H and W.
 
     A stage that doubles is the teacher's stage mirrored: where the first block had a stride-2
-    convolution it has a 2x2 transposed one, in the main path and in the shortcut. [author]
+    convolution it has a 2x2 transposed one, in the main path and in the shortcut.
     """
     block, outputs = type(like.layer1[0]), planes * type(like.layer1[0]).expansion
     width = {} if block is BasicBlock else {"groups": like.groups, "base_width": like.base_width}
@@ -530,7 +532,7 @@ def residual_stage(like: nn.Module, inputs: int, planes: int, depth: int, up: bo
 
 
 class Student(nn.Module):
-    """Fusion, one-class bottleneck and mirrored decoder: what RevDist trains. [author]
+    """What RevDist trains [paper], in RD's shapes: fusion, one-class bottleneck, mirrored decoder.
 
     forward: the teacher's [(B, C1, S/4, S/4), (B, C2, S/8, S/8), (B, C3, S/16, S/16)] -> the same
     shapes, reproduced from a code of (B, 2 * C3, S/32, S/32). 83.80 M parameters for
@@ -562,7 +564,10 @@ class Student(nn.Module):
 
 
 class RevDist(nn.Module):
-    """Reverse distillation, the detector under CADA: M(h,w) = mean over layers of 1 - cos(e, d).
+    """Reverse distillation, the detector under CADA. [paper]
+
+    The decoder learned to reproduce the teacher's features e of normal images only; where its d
+    fails, the image is anomalous: A(h,w) = mean over layers of 1 - <e,d> / (|e||d|). [author]
 
     This is all that the rest of the file knows of a detector: `encode` gives the frozen features of
     images, `loss` trains on them, `describe` turns them into pooled features and a raw anomaly map.
@@ -679,15 +684,15 @@ def normalise(maps, u, gamma):
 def smooth(maps: torch.Tensor) -> torch.Tensor:
     """Gaussian blur of (N, H, W) maps, sigma 4 pixels at 256 x 256 and in proportion elsewhere.
 
-    Replicate padding keeps a constant map constant, and the kernel sums to one: so blurring commutes
-    with (A - u) / (gamma - u), and normalising first [author] or after gives the same map.
+    Replicate padding keeps a constant map constant, and the kernel sums to one: so blurring
+    commutes with (A - u) / (gamma - u), and normalising first [author] or after is the same.
     """
     sigma = 4 * maps.shape[-1] / 256
     r = math.ceil(4 * sigma)
     blurred = []
     for x in maps.split(64):  # in pieces, to bound the memory of the padded copies
         x = F.pad(x[:, None], (r, r, r, r), mode="replicate")
-        for kernel in ((1, 2 * r + 1), (2 * r + 1, 1)):  # one axis after the other: 2k taps, not k*k
+        for kernel in ((1, 2 * r + 1), (2 * r + 1, 1)):  # axis by axis: 2k taps, not k * k
             x = gaussian_blur(x, kernel, [sigma, sigma])
         blurred.append(x[:, 0, r:-r, r:-r])
     return torch.cat(blurred)
@@ -707,12 +712,12 @@ def image_metrics(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         return dict.fromkeys(("I-AUROC", "I-AP", "I-F1max"), math.nan)
     precision, recall, _ = precision_recall_curve(labels, scores)
     f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
-    return {"I-AUROC": roc_auc_score(labels, scores), "I-AP": average_precision_score(labels, scores),
-            "I-F1max": f1.max()}
+    return {"I-AUROC": roc_auc_score(labels, scores),
+            "I-AP": average_precision_score(labels, scores), "I-F1max": f1.max()}
 
 
 def region_weights(masks: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """1 / area of its 8-connected region for every anomalous pixel, 0 elsewhere; number of regions."""
+    """1 / area of its 8-connected region for each anomalous pixel, else 0; number of regions."""
     weights, regions = torch.zeros(masks.shape), 0
     for i in masks.flatten(1).any(1).nonzero().flatten().tolist():
         labelled, n = ndimage.label(masks[i].numpy(), np.ones((3, 3)))
@@ -722,7 +727,7 @@ def region_weights(masks: torch.Tensor) -> tuple[torch.Tensor, int]:
     return weights, regions
 
 
-def pixel_metrics(maps: torch.Tensor, masks: torch.Tensor, device=torch.device("cpu")) -> dict[str, float]:
+def pixel_metrics(maps, masks, device=torch.device("cpu")) -> dict[str, float]:
     """P-AUROC, P-AP, P-F1max, AUPRO in 0..1 of (N, H, W) maps and bool masks, all from one sort.
 
     Every distinct value is a threshold. AUPRO is the mean overlap with the ground-truth regions
@@ -825,8 +830,8 @@ class FeatureCache(Dataset):
                 os.posix_fallocate(file.fileno(), 0, size)
             return np.memmap(file, np.float16, "r+", shape=shape)
         except OSError as e:
-            raise UserError(f"--cache disk: cannot reserve {size / 2**30:.1f} GiB in {folder} ({e}); "
-                            "free the space, choose another --out, or use --cache off")
+            raise UserError(f"--cache disk: cannot reserve {size / 2**30:.1f} GiB in {folder} "
+                            f"({e}); free the space, choose another --out, or use --cache off")
 
     def __len__(self):
         return len(self.array)
@@ -952,8 +957,9 @@ def table(results: dict[str, dict]) -> str:
     lines = [" " * (width + 9) + "".join(f"{key:>9}" for key in first["pooled"])]
     for name, pick in rows:
         for i, (variant, result) in enumerate(results.items()):
-            values = ("        -" if math.isnan(v) else f"{100 * v:9.1f}" for v in pick(result).values())
-            lines.append(f"{'' if i else name:<{width}}  {variant:<7}" + "".join(values))
+            cells = ("-" if math.isnan(v) else f"{100 * v:.1f}" for v in pick(result).values())
+            lines.append(f"{'' if i else name:<{width}}  {variant:<7}"
+                         + "".join(f"{cell:>9}" for cell in cells))
     return "\n".join(lines)
 
 
