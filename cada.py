@@ -54,7 +54,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -98,7 +98,8 @@ def atomic(path: Path):
         reason = "the disk is full or not writable" if isinstance(e, RuntimeError) else e.strerror
         raise UserError(f"cannot write {path}: {reason}; free the space or choose another --out")
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def make_folder(path: Path) -> Path:
@@ -114,16 +115,19 @@ def make_folder(path: Path) -> Path:
 def one_line(error: BaseException) -> str:
     """What to tell the user about an error, in one line; a bug of ours is raised again, unchanged.
 
-    Out of memory has many faces: CUDA and MPS have their own messages, a CPU tensor another one.
+    Out of memory has many faces: CUDA, cuBLAS, MPS and CPU tensors have each their own message, and
+    processes that read images run out of shared memory (in Docker) with a bus error.
     """
-    text = str(error)
+    text = " ".join(str(error).split())
     if isinstance(error, UserError):
         return text
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; a training goes on with --resume"
     if isinstance(error, MemoryError) or any(k in text.lower() for k in (
-            "out of memory", "can't allocate memory", "not enough memory")):
-        return "out of memory; lower --batch-size or --image-size, or use --cache disk"
+            "out of memory", "can't allocate memory", "not enough memory", "alloc_failed",
+            "bus error")):
+        return ("out of memory; lower --batch-size or --image-size, use --cache disk, or "
+                "--workers 0 if it is the shared memory of a container")
     raise error
 # ==== end shared
 
@@ -158,6 +162,8 @@ def parse_args(argv, config: type, description: str) -> tuple[str, list[str], di
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
                             help=f.metadata["help"], **how)
     given = vars(parser.parse_intermixed_args(argv))
+    if "data" in given:  # absolute: eval and --resume compare it, and may run in another folder
+        given["data"] = str(Path(given["data"]).resolve())
     words = given.pop("words")
     command = words.pop(0) if words else "train"
     if command not in ("train", "eval", "predict"):
@@ -197,7 +203,7 @@ def choose_device(name: str) -> torch.device:
 
 def autocast(device: torch.device):
     """bf16 on CUDA, full precision elsewhere: on a CPU or on MPS bf16 gains little or nothing."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
 def progress(items, what: str, **more):
@@ -209,7 +215,8 @@ def progress(items, what: str, **more):
 # ---- settings ------------------------------------------------------------------------------------
 @dataclass
 class Config:
-    """Every flag. The defaults are the published settings, for MVTec AD and VisA."""
+    """Every flag. The defaults are for MVTec AD and VisA: RevDist as CADA's first author trains it
+    in public code, written for a sibling model [author]."""
 
     data: str = option(None, "data set folder; default: data/mvtec, else data/visa, else data/demo")
     out: str = option("runs/cada", "folder for everything that is written")
@@ -231,13 +238,31 @@ class Config:
     checkpoint: str = option(None, "checkpoint to read (eval, predict, --resume); default: "
                              "checkpoint.pt in --out")
     resume: bool = option(False, "go on from the checkpoint of an interrupted training")
-    workers: int = option(4, "processes that read images")
+    workers: int = option(4, "processes that read images, at most one a CPU core")
+
+    def __post_init__(self):
+        """Raise UserError for a value that cannot work."""
+        for name in ("iters", "batch_size", "lr"):
+            if not getattr(self, name) > 0:
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{flag} {getattr(self, name)}: must be above 0")
+        for name in ("seed", "workers"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} {getattr(self, name)}: must not be negative")
+        if self.image_size < 32 or self.image_size % 32:
+            raise UserError(f"--image-size {self.image_size}: must be a multiple of 32, since the "
+                            "one-class code has 1/32 of the resolution")
+        if self.batch_size * (self.image_size // 32) ** 2 < 2:
+            raise UserError("--batch-size 1: BatchNorm needs two values a channel; use at least 2, "
+                            "or a larger --image-size")
+        if not 0 < self.quantile <= 1:
+            raise UserError(f"--quantile {self.quantile}: must be above 0 and at most 1")
 
 
 # What replaces the defaults on the demo set, so that two CPU cores do it in minutes. [ours]
 DEMO = {"teacher": "resnet18", "weights": "none", "image_size": 128, "iters": 200, "workers": 0}
 # Flags that may differ between a checkpoint and the command that reads it.
-FREE = ("out", "device", "cache", "checkpoint", "resume", "workers", "weights")
+MAY_DIFFER = ("out", "device", "cache", "checkpoint", "resume", "workers")
 
 
 # ==== shared: data
@@ -282,7 +307,7 @@ def pair_masks(images: list[Path], folder: Path) -> dict[Path, Path]:
 
 def read_mvtec(root: Path) -> tuple[list[Sample], list[Sample]]:
     """Read an MVTec-style tree: <class>/{train/good,test/<kind>,ground_truth/<kind>}/*."""
-    classes = sorted(d for d in root.iterdir() if (d / "train").is_dir())
+    classes = sorted(d for d in root.iterdir() if (d / "train").is_dir() or (d / "test").is_dir())
     if (root / "train").is_dir():  # the folder of a single class is a data set too
         classes = [root.resolve()]
     has_masks = any(images_in(d / "ground_truth", recursive=True) for d in classes)
@@ -302,7 +327,7 @@ def read_mvtec(root: Path) -> tuple[list[Sample], list[Sample]]:
 def read_visa(root: Path) -> tuple[list[Sample], list[Sample]]:
     """Read the raw VisA archive by its own split file, split_csv/1cls.csv."""
     splits, columns = {"train": [], "test": []}, {"object", "split", "label", "image", "mask"}
-    with open(root / "split_csv/1cls.csv", newline="") as file:
+    with open(root / "split_csv/1cls.csv", newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             if not columns <= row.keys():
                 raise UserError(f"{file.name} lacks a column of {', '.join(sorted(columns))}; "
@@ -316,8 +341,8 @@ def read_visa(root: Path) -> tuple[list[Sample], list[Sample]]:
     return splits["train"], splits["test"]
 
 
-def read_dataset(root: Path) -> tuple[list[Sample], list[Sample]]:
-    """Find out the layout of `root` and return (train, test) samples, all checked to be readable.
+def read_dataset(root: Path, test_only: bool = False) -> tuple[list[Sample], list[Sample]]:
+    """Find out the layout of `root` and return (train, test) samples, those needed all readable.
 
     Raises UserError that names the folder or file and the remedy.
     """
@@ -329,7 +354,7 @@ def read_dataset(root: Path) -> tuple[list[Sample], list[Sample]]:
         if not samples:
             raise UserError(f"--data {root}: no {part} images; expected <class>/train/good/* and "
                             "<class>/test/*/* or split_csv/1cls.csv, see data/README.md")
-    check_samples(train + test)
+    check_samples(test if test_only else train + test)
     return train, test
 
 
@@ -355,7 +380,9 @@ def load_image(path: Path) -> Image.Image:
             if image.mode.startswith("I"):  # 16-bit grey: convert() alone would clip it to white
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+    except MemoryError:
+        raise
+    except Exception as e:  # Pillow's readers raise many kinds for a broken file
         reason = "no such file" if isinstance(e, FileNotFoundError) else e
         raise UserError(f"cannot read image {path}: {reason}; repair, replace or remove it")
 
@@ -365,7 +392,9 @@ def load_mask(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
             mask = np.asarray(image.convert("RGB") if image.mode in ("RGBA", "LA") else image) != 0
-    except (OSError, SyntaxError, ValueError) as e:
+    except MemoryError:
+        raise
+    except Exception as e:
         raise UserError(f"cannot read mask {path}: {e}; repair or replace it")
     return mask.any(-1) if mask.ndim == 3 else mask
 
@@ -426,7 +455,8 @@ class Teacher(nn.Module):
     """RevDist's teacher [paper]: a ResNet up to layer3, no gradients, always in eval mode.
 
     forward: (B, 3, S, S) -> [(B, C1, S/4, S/4), (B, C2, S/8, S/8), (B, C3, S/16, S/16)], float16.
-    Half precision always, cached or not, so that --cache changes the time and nothing else.
+    Half precision always, cached or not, so that --cache changes the time and nothing else; float16
+    and not bfloat16, because after BatchNorm the values are small and want digits, not range.
     RevDist reads nothing of layer4, so layer4 is not run.
     Raises UserError for an unknown name and for weights that cannot be had or do not fit.
     """
@@ -436,13 +466,13 @@ class Teacher(nn.Module):
         if name not in resnet_names():
             raise UserError(f"--teacher {name}: unknown; choose one of {', '.join(resnet_names())}")
         self.random = weights == "none"
-        with torch.random.fork_rng():  # the teacher's numbers must not depend on what ran before
+        with torch.random.fork_rng(devices=[]):  # a seed's teacher is the same whatever ran before
             torch.manual_seed(seed)
             resnet = torchvision.models.get_model(name, weights=None)
+        if not self.random:
+            load_weights(resnet, name, weights)
         self.stem = nn.Sequential(resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool)
         self.layer1, self.layer2, self.layer3 = resnet.layer1, resnet.layer2, resnet.layer3
-        if not self.random:
-            resnet.load_state_dict(resnet_weights(name, weights, resnet))
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True):
@@ -462,7 +492,8 @@ class Teacher(nn.Module):
         """Give a random teacher the BatchNorm statistics of the training images. [ours]
 
         Fresh statistics (mean 0, variance 1) let the activations of a random ResNet drift from
-        layer to layer until all images look alike. momentum=None is the plain average over batches.
+        layer to layer until all images look alike. momentum=None weighs all batches alike; the
+        default would forget the first ones.
         """
         norms = [m for m in self.modules() if isinstance(m, nn.BatchNorm2d)]
         for m in norms:
@@ -482,24 +513,23 @@ class Teacher(nn.Module):
         return digest.hexdigest()
 
 
-def resnet_weights(name: str, weights: str, resnet: nn.Module) -> dict:
-    """The state dict behind --weights: a local file, else a torchvision tag (downloaded once)."""
+def load_weights(resnet: nn.Module, name: str, weights: str) -> None:
+    """Fill a ResNet from --weights: a local file, else a torchvision tag (downloaded once)."""
     remedy = "give a local file with --weights FILE, or --weights none for a random teacher"
-    if Path(weights).is_file():
-        try:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-            resnet.load_state_dict(state)
-        except Exception as e:  # torch.load raises many kinds for a file that is no state dict
-            raise UserError(f"--weights {weights} does not fit {name}: "
-                            f"{' '.join(str(e).split())[:200]}; {remedy}")
-        return state
     tags = {w.name: w for w in torchvision.models.get_model_weights(name)}
-    if weights not in tags:
+    if not Path(weights).is_file() and weights not in tags:
         raise UserError(f"--weights {weights}: no file and none of {', '.join(tags)}; {remedy}")
     try:
-        return tags[weights].get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
-    except (OSError, RuntimeError) as e:  # URLError is an OSError; a wrong hash a RuntimeError
-        raise UserError(f"--weights {weights}: cannot download {tags[weights].url} ({e}); {remedy}")
+        state = (torch.load(weights, map_location="cpu", weights_only=True)
+                 if Path(weights).is_file() else
+                 tags[weights].get_state_dict(progress=sys.stderr.isatty(), check_hash=True))
+        resnet.fc = nn.Identity()  # the classifier is not used: any number of classes will do
+        resnet.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
+    except OSError as e:  # URLError, of a failed download, is one
+        source = tags[weights].url if weights in tags else weights
+        raise UserError(f"--weights {weights}: cannot get {source} ({e}); {remedy}")
+    except Exception as e:  # torch.load raises many kinds for a file that is no state dict
+        raise UserError(f"--weights {weights} does not fit {name}: {str(e)[:300]}; {remedy}")
 
 
 # ---- RevDist student -----------------------------------------------------------------------------
@@ -569,7 +599,7 @@ class RevDist(nn.Module):
     The decoder learned to reproduce the teacher's features e of normal images only; where its d
     fails, the image is anomalous: A(h,w) = mean over layers of 1 - <e,d> / (|e||d|). [author]
 
-    This is all that the rest of the file knows of a detector: `encode` gives the frozen features of
+    This is all that the rest of the file knows of a detector: `teacher` gives frozen features of
     images, `loss` trains on them, `describe` turns them into pooled features and a raw anomaly map.
     """
 
@@ -577,7 +607,7 @@ class RevDist(nn.Module):
         super().__init__()
         self.preprocess = Preprocess(cfg.image_size)
         self.flat = cfg.loss == "flat"
-        self.encode = Teacher(cfg.teacher, cfg.weights, cfg.seed)
+        self.teacher = Teacher(cfg.teacher, cfg.weights, cfg.seed)
         self.student = Student(cfg.teacher)
 
     def decode(self, features):
@@ -598,9 +628,10 @@ class RevDist(nn.Module):
     def describe(self, features):
         """Teacher features -> (pooled (B, 2 * (C1+C2+C3)), raw anomaly map (B, S, S) in 0..2).
 
-        Pooled over the whole image, frozen features tell the class and hardly feel a local defect:
-        that is why CADA reads these and not the student's. Mean *and* standard deviation over the
-        positions [ours]: with the mean alone, brightness drowns texture.
+        Pooled over the whole image, frozen features tell the class more than the defect: that is
+        why CADA reads these and not the student's. Mean *and* standard deviation over the positions
+        [ours]: with the mean alone, brightness drowns texture. align_corners=True [author] puts the
+        corner values of a layer's map on the corner pixels, so the three layers line up.
         """
         size, maps = (self.preprocess.size,) * 2, 0
         for e, d in zip(*self.decode(features)):
@@ -620,8 +651,8 @@ class CADA(nn.Module):
     takes u and gamma with it, which cancels the very signal. So our regressor is piecewise constant
     [ours]: k-means finds the *implicit classes* of the training set in feature space, k is where
     the silhouette is highest, and an image gets the mean statistics of its nearest centre. A defect
-    then changes nothing unless it makes the whole image look like another class; and within an
-    implicit class all images share one affine map, so their order stays.
+    then changes nothing unless it carries the pooled features over to another centre; and within
+    an implicit class all images share one affine map, so their order stays.
 
     It knows nothing of the detector: any that has pooled features and maps will do.
     """
@@ -638,10 +669,9 @@ class CADA(nn.Module):
     def fit(self, features: torch.Tensor, maps: torch.Tensor, seed: int = 0) -> "CADA":
         """Learn from normal images: features (N, C), raw maps (N, H, W). No label, no gradient."""
         self.mean, self.std = features.mean(0), features.std(0, correction=0) + 1e-6
-        x = ((features - self.mean) / self.std).numpy()
-        kmeans = implicit_classes(x, self.MAX_CLASSES, seed)
+        x = ((features - self.mean) / self.std).numpy()  # else the largest channels decide alone
+        kmeans, per_image = implicit_classes(x, self.MAX_CLASSES, seed), map_statistics(maps)
         labels = torch.from_numpy(kmeans.labels_)
-        per_image = torch.stack([maps.mean((1, 2)), maps.amax((1, 2))], dim=1)
         self.centres = torch.from_numpy(kmeans.cluster_centers_).float()
         self.statistics = torch.stack([per_image[labels == k].mean(0)
                                        for k in range(len(self.centres))])
@@ -649,10 +679,10 @@ class CADA(nn.Module):
 
     def predict(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(N, C) -> u (N,) and gamma (N,), gamma > u: those of the nearest implicit class."""
-        x = (features - self.mean) / self.std
-        u, gamma = self.statistics[torch.cdist(x, self.centres).argmin(1)].unbind(1)
-        least = 1e-6 * u.abs().clamp(min=1)  # maps without any contrast have gamma = u
-        return u, torch.maximum(gamma, u + least)
+        x = (features - self.mean) / self.std  # below: without mm, the same in any batch
+        distance = torch.cdist(x, self.centres, compute_mode="donot_use_mm_for_euclid_dist")
+        u, gamma = self.statistics[distance.argmin(1)].unbind(1)
+        return u, gamma
 
     def align(self, features: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
         """(N, C) and (N, H, W) -> (N, H, W): 0 is the mean of normal maps of the class, 1 their
@@ -663,16 +693,32 @@ class CADA(nn.Module):
 def implicit_classes(x: np.ndarray, most: int, seed: int) -> KMeans:
     """k-means of standardised features (N, C) for the k in 2..most with the highest silhouette.
 
-    At least four images a cluster on average: fewer make no statistics. [ours]
+    The silhouette compares an image's distance to its own cluster with that to the next one, -1..1,
+    here on 2,000 images at most. Clusters of fewer than four are left out: one odd image far from
+    all others would else make "that one against the rest" the best cut of all. It knows no k = 1,
+    so that is left for training sets too small to cut. [ours]
     """
+    rows = np.random.default_rng(seed).permutation(len(x))[:2000]
+
     def silhouette(model):
-        found = len(set(model.labels_)) > 1  # identical images make fewer clusters than asked for
-        return silhouette_score(x, model.labels_, sample_size=min(len(x), 2000),
-                                random_state=seed) if found else -1
+        sizes = np.bincount(model.labels_[rows], minlength=model.n_clusters)
+        kept = rows[sizes[model.labels_[rows]] >= 4]
+        if sizes.min() == 0 or (sizes >= 4).sum() < 2:  # equal images leave clusters empty
+            return -1
+        return silhouette_score(x[kept], model.labels_[kept])
 
     models = [KMeans(k, n_init=3, random_state=seed).fit(x)
               for k in range(2, min(most, len(x) // 4) + 1)]
-    return max(models, key=silhouette, default=None) or KMeans(1, random_state=seed).fit(x)
+    scores = [silhouette(m) for m in models] + [-1]
+    best = scores.index(max(scores))
+    return models[best] if scores[best] > -1 else KMeans(1, random_state=seed).fit(x)
+
+
+def map_statistics(maps: torch.Tensor) -> torch.Tensor:
+    """(N, H, W) -> (N, 2): u, the mean, and gamma, the maximum, of each map; gamma > u even for a
+    map without contrast."""
+    u = maps.mean((1, 2))
+    return torch.stack([u, maps.amax((1, 2)).maximum(u + 1e-6 * u.abs().clamp(min=1))], dim=1)
 
 
 def normalise(maps, u, gamma):
@@ -689,17 +735,18 @@ def smooth(maps: torch.Tensor) -> torch.Tensor:
     """
     sigma = 4 * maps.shape[-1] / 256
     r = math.ceil(4 * sigma)
-    blurred = []
-    for x in maps.split(64):  # in pieces, to bound the memory of the padded copies
+    blurred = torch.empty_like(maps)
+    for x, out in zip(maps.split(64), blurred.split(64)):  # in pieces: padding makes copies
         x = F.pad(x[:, None], (r, r, r, r), mode="replicate")
         for kernel in ((1, 2 * r + 1), (2 * r + 1, 1)):  # axis by axis: 2k taps, not k * k
             x = gaussian_blur(x, kernel, [sigma, sigma])
-        blurred.append(x[:, 0, r:-r, r:-r])
-    return torch.cat(blurred)
+        out.copy_(x[:, 0, r:-r, r:-r])
+    return blurred
 
 
 def image_score(maps: torch.Tensor) -> torch.Tensor:
-    """Mean of the highest 1 % of each map: (N, H, W) -> (N,). [author]"""
+    """Mean of the highest 1 % of each map: (N, H, W) -> (N,). Steadier than the maximum. [author]
+    """
     flat = maps.flatten(1)
     return flat.topk(max(1, flat.shape[1] // 100), dim=1).values.mean(1)
 # ==== end shared
@@ -721,7 +768,7 @@ def region_weights(masks: torch.Tensor) -> tuple[torch.Tensor, int]:
     weights, regions = torch.zeros(masks.shape), 0
     for i in masks.flatten(1).any(1).nonzero().flatten().tolist():
         labelled, n = ndimage.label(masks[i].numpy(), np.ones((3, 3)))
-        weight = 1 / np.bincount(labelled.ravel())
+        weight = 1 / np.bincount(labelled.ravel()).clip(1)
         weight[0] = 0  # label 0 is the background
         weights[i], regions = torch.from_numpy(weight[labelled]), regions + n
     return weights, regions
@@ -732,10 +779,12 @@ def pixel_metrics(maps, masks, device=torch.device("cpu")) -> dict[str, float]:
 
     Every distinct value is a threshold. AUPRO is the mean overlap with the ground-truth regions
     against the pixel false-positive rate, up to 0.3. Sums are float64: float32 loses integers above
-    2^24. Memory: about 70 bytes a pixel (13 M pixels, VisA's largest class at 256 x 256: 0.9 GB).
+    2^24. Memory: about 90 bytes a pixel (13 M pixels, VisA's largest class at 256 x 256: 1.2 GB).
     NaN if a label is missing.
     """
-    device = "cpu" if device.type == "mps" else device  # MPS has no float64
+    if device.type == "mps" or device.type == "cuda" and (
+            torch.cuda.mem_get_info(device)[0] < 100 * maps.numel()):
+        device = torch.device("cpu")  # MPS has no float64; a small GPU not the memory
     weights, regions = region_weights(masks)
     scores, order = maps.flatten().to(device).sort(descending=True)
     weights = weights.flatten().to(device)[order]
@@ -785,43 +834,53 @@ def summarise(scores, labels, classes, maps=None, masks=None, device=torch.devic
 
 # ==== shared: feature cache
 def free_memory() -> int | None:
-    """Bytes of memory that can be had without swapping, or None where the system does not tell."""
+    """Bytes of memory that can be had without swapping, or None where the system does not tell
+    (Windows, macOS). A container's own limit counts."""
     try:
         with open("/proc/meminfo") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if "MemAvailable" in line)
+            free = next(int(line.split()[1]) * 1024 for line in file if "MemAvailable" in line)
     except OSError:
         return None
+    with suppress(OSError, ValueError):  # no such file, or "max"
+        limit, used = (int(Path("/sys/fs/cgroup", name).read_text())
+                       for name in ("memory.max", "memory.current"))
+        free = min(free, limit - used)
+    return free
 
 
-class FeatureCache(Dataset):
+class FeatureCache:
     """The teacher's features of all training images, computed once, float16.
 
     Training uses no augmentation, so every epoch would compute the same ones again. One float16
     array (N, values per image), in memory or in an unnamed file in `folder`: it goes with the
-    process, even a killed one, so it can never be stale. Indexed with a list of images it gives
-    the same list of layers, (B, ...) each, as the teacher itself.
+    process, even a killed one, so it can never be stale.
     """
 
     def __init__(self, encode, n: int, batches, where: str, folder: Path):
-        """`batches` is called for an iterator over the images, (B, 3, S, S), `n` in all."""
-        self.shapes = [f.shape[1:] for f in encode(next(batches()))]
-        shape = (n, sum(s.numel() for s in self.shapes))
-        size, free = 2 * shape[0] * shape[1], free_memory()
-        if where == "auto":
-            where = "ram" if free is not None and size < free / 2 else "disk"
-        print(f"cache: {n} images, {size / 2**30:.2f} GiB of teacher features in "
-              + ("memory" if where == "ram" else f"a temporary file in {folder}"), file=sys.stderr)
-        self.array = np.empty(shape, np.float16) if where == "ram" else self.on_disk(folder, shape)
+        """`batches` yields the `n` images in order, (B, 3, S, S) each."""
         row = 0
-        for x in batches():
-            values = torch.cat([f.flatten(1) for f in encode(x)], dim=1).cpu().numpy()
+        for x in batches:
+            features = encode(x)
+            if row == 0:
+                self.shapes = [f.shape[1:] for f in features]
+                self.array = self.reserve((n, sum(s.numel() for s in self.shapes)), where, folder)
+            values = torch.cat([f.flatten(1) for f in features], dim=1).cpu().numpy()
             self.array[row:row + len(values)] = values
             row += len(values)
 
     @staticmethod
-    def on_disk(folder: Path, shape) -> np.ndarray:
-        """A float16 array in a file without a name. Raises UserError when the disk is too small."""
-        size = 2 * shape[0] * shape[1]
+    def reserve(shape: tuple[int, int], where: str, folder: Path) -> np.ndarray:
+        """The float16 array, in memory or on disk. Raises UserError when the disk is too small."""
+        size, free = 2 * shape[0] * shape[1], free_memory()
+        if where == "auto":
+            where = "ram" if free is not None and size < free / 2 else "disk"
+        print(f"cache: {shape[0]} images, {size / 2**30:.2f} GiB of teacher features in "
+              + ("memory" if where == "ram" else f"a temporary file in {folder}"), file=sys.stderr)
+        if where == "ram" and free is not None and size > free:
+            raise UserError(f"--cache ram: only {free / 2**30:.2f} GiB of memory are free; use "
+                            "--cache disk or --cache off")
+        if where == "ram":
+            return np.empty(shape, np.float16)
         try:
             if shutil.disk_usage(folder).free < size:
                 raise OSError("no space left")
@@ -836,23 +895,33 @@ class FeatureCache(Dataset):
     def __len__(self):
         return len(self.array)
 
-    def __getitems__(self, rows):  # DataLoader fetches a whole batch by this, not image by image
-        batch = torch.from_numpy(self.array[rows])
-        parts = batch.split([s.numel() for s in self.shapes], dim=1)
+    def load(self, rows: list[int]) -> list[torch.Tensor]:
+        """The features of some images as the teacher gives them: a list of layers, (B, ...)."""
+        parts = torch.from_numpy(self.array[rows]).split([s.numel() for s in self.shapes], dim=1)
         return [p.unflatten(1, s) for p, s in zip(parts, self.shapes)]
 
 
-def feature_batches(source, batches, encode, device, workers: int):
-    """Yield the teacher's features for lists of indices, from the cache or (--cache off) anew."""
-    cached = isinstance(source, FeatureCache)
-    loader = DataLoader(source, batch_sampler=batches, pin_memory=device.type == "cuda",
-                        num_workers=0 if cached else workers,
-                        collate_fn=(lambda parts: parts) if cached else None)
-    for item in loader:
-        if cached:
-            yield [f.to(device, non_blocking=True) for f in item]
-        else:
-            yield encode(to_device(item, device))
+def feature_batches(source, batches, teacher, device, workers: int):
+    """Yield the teacher's features for lists of indices: from a FeatureCache, or (--cache off) from
+    the images, computed anew."""
+    if isinstance(source, FeatureCache):
+        for rows in batches:
+            parts = source.load(rows)
+            if device.type == "cuda":  # pinned memory is what can be copied while the GPU works
+                parts = [p.pin_memory() for p in parts]
+            yield [p.to(device, non_blocking=True) for p in parts]
+    else:
+        for x in image_loader(source, device, workers, batch_sampler=batches):
+            yield teacher(x)
+
+
+def image_loader(images: Images, device: torch.device, workers: int, **batching):
+    """Batches of images (B, 3, S, S) on the device. Its generator is its own, so that loading draws
+    nothing from the one that training uses, and a resumed run draws the same."""
+    loader = DataLoader(images, num_workers=min(workers, os.cpu_count() or 1),
+                        pin_memory=device.type == "cuda", generator=torch.Generator(), **batching)
+    for x in loader:
+        yield to_device(x, device)
 
 
 def to_device(images: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -877,7 +946,7 @@ def shuffled(n: int, batch_size: int, steps: int, seed: int) -> list[list[int]]:
 
 # ==== shared: checkpoint
 def random_states() -> dict:
-    """The states of PyTorch's random generators (dropout draws from them)."""
+    """The states of PyTorch's random generators: dropout, where there is any, draws from them."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
@@ -913,7 +982,9 @@ def stored_config(content: dict, given: dict, free: tuple, path: Path) -> dict:
     """The checkpoint's settings with the flags in `free` taken from the command line.
 
     Raises UserError for any other flag: the numbers would no longer be those of the checkpoint.
+    --weights may name the same weights in another place, unless the checkpoint holds the teacher.
     """
+    free += ("weights",) if content["teacher"]["state"] is None else ()
     for name, value in given.items():
         if name not in free and value != content["config"].get(name):
             raise UserError(f"--{name.replace('_', '-')} {value}: {path} was trained with "
@@ -921,14 +992,14 @@ def stored_config(content: dict, given: dict, free: tuple, path: Path) -> dict:
     return content["config"] | {k: v for k, v in given.items() if k in free}
 
 
-def check_teacher(encode, content: dict) -> None:
+def check_teacher(teacher, content: dict) -> None:
     """Give a random teacher its stored weights; of any other, compare the identity.
 
     Raises UserError if the teacher at hand is not the one the checkpoint was trained with.
     """
     if content["teacher"]["state"] is not None:
-        encode.load_state_dict(content["teacher"]["state"])
-    if encode.identity() != content["teacher"]["identity"]:
+        teacher.load_state_dict(content["teacher"]["state"])
+    if teacher.identity() != content["teacher"]["identity"]:
         raise UserError("the checkpoint was trained with another teacher than these --weights; "
                         "give it the weights that it was trained with")
 # ==== end shared
@@ -971,7 +1042,7 @@ def write_json(path: Path, content: dict) -> None:
 
 def write_scores(path: Path, samples: list[Sample], columns: dict[str, np.ndarray]) -> None:
     """One row a test image: path, class, label, then the columns given."""
-    with atomic(path) as partial, open(partial, "w", newline="") as file:
+    with atomic(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "class", "label", *columns])
         for i, s in enumerate(samples):
@@ -1041,8 +1112,8 @@ def find_images(paths: list[str]) -> list[Sample]:
 
 
 def overlay_path(folder: Path, image: Path) -> Path:
-    """Where an image's overlay goes: its own path below `folder`, so that no two can collide."""
-    parts = [p for p in image.parts if p not in (image.anchor, "..")]
+    """Where an image's overlay goes: its own path below `folder`, so that no two collide."""
+    parts = ["up" if p == ".." else p for p in image.parts if p != image.anchor]
     return folder.joinpath(*parts[:-1], parts[-1] + ".png")
 
 
@@ -1052,12 +1123,11 @@ def write_overlay(path: Path, image: Image.Image, anomaly_map: torch.Tensor, ful
     One fixed scale: 0 is clear, `full` (twice the threshold) the hottest. Heat covers in proportion
     to its value, so a good image looks like itself.
     """
-    heat = Image.fromarray(anomaly_map.numpy()).resize(image.size, Image.BILINEAR)
-    heat = (np.asarray(heat) / full).clip(0, 1)
-    colour, cover = 255 * colormaps["inferno"](heat)[..., :3], 0.8 * heat[..., None]
-    mixed = np.asarray(image) * (1 - cover) + colour * cover
+    heat = (anomaly_map / full).clamp(0, 1).mul(255).byte().numpy()
+    heat = Image.fromarray(heat).resize(image.size, Image.BILINEAR)
+    colour = Image.fromarray(colormaps["inferno"](np.asarray(heat), bytes=True)[..., :3])
     with atomic(path) as partial:
-        Image.fromarray(mixed.round().astype(np.uint8)).save(partial)
+        Image.composite(colour, image, heat.point(lambda value: 0.8 * value)).save(partial)
 
 
 def plot_distributions(path: Path, panels: dict[str, tuple], labels, classes) -> None:
@@ -1098,33 +1168,14 @@ def configure(given: dict) -> tuple[Config, dict | None]:
     if given.get("resume"):
         path = checkpoint_path(given)
         content = load_checkpoint(path, "cada")
-        return Config(**stored_config(content, given, FREE, path)), content
+        return Config(**stored_config(content, given, MAY_DIFFER, path)), content
     if "checkpoint" in given:
         raise UserError("--checkpoint is read by eval, predict and --resume; train writes to --out")
     root, why = choose_data(given.get("data"))
     print(f"data: {root} ({why})", file=sys.stderr)
     defaults = DEMO if root.resolve() == (HERE / "data/demo").resolve() else {}
     cfg = Config(**{**defaults, **given, "data": str(root)})
-    check_config(cfg)
     return cfg, None
-
-
-def check_config(cfg: Config) -> None:
-    """Raise UserError for a value that cannot work."""
-    for name in ("iters", "batch_size", "lr"):
-        if not getattr(cfg, name) > 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be positive")
-    for name in ("seed", "workers"):
-        if getattr(cfg, name) < 0:
-            raise UserError(f"--{name} {getattr(cfg, name)}: must not be negative")
-    if cfg.image_size < 32 or cfg.image_size % 32:
-        raise UserError(f"--image-size {cfg.image_size}: must be a multiple of 32, since the "
-                        "one-class code has 1/32 of the resolution")
-    if cfg.batch_size * (cfg.image_size // 32) ** 2 < 2:
-        raise UserError("--batch-size 1: BatchNorm needs two values a channel; use at least 2, or "
-                        "a larger --image-size")
-    if not 0 < cfg.quantile <= 1:
-        raise UserError(f"--quantile {cfg.quantile}: must be above 0 and at most 1")
 
 
 def checkpoint_path(given: dict) -> Path:
@@ -1139,23 +1190,21 @@ def build(cfg: Config, content: dict | None = None) -> tuple[RevDist, torch.devi
     stored = content is not None and content["teacher"]["state"] is not None
     detector = RevDist(cfg if not stored else replace(cfg, weights="none"))
     if content is not None:
-        check_teacher(detector.encode, content)
+        check_teacher(detector.teacher, content)
         detector.student.load_state_dict(content["student"])
     return detector.to(device, memory_format=torch.channels_last), device
 
 
 def image_batches(images: Images, cfg: Config, device):
     """Preprocessed images in order, batch by batch, on the device."""
-    loader = DataLoader(images, cfg.batch_size, num_workers=cfg.workers,
-                        pin_memory=device.type == "cuda")
-    for x in progress(loader, "images"):
-        yield to_device(x, device)
+    return progress(image_loader(images, device, cfg.workers, batch_size=cfg.batch_size), "images",
+                    total=math.ceil(len(images) / cfg.batch_size))
 
 
 @torch.no_grad()
-def describe(detector, batches):
+def describe_all(detector, batches):
     """Run the detector over teacher features: pooled (N, C) and raw maps (N, S, S), on the CPU."""
-    detector.eval()
+    detector.eval()  # BatchNorm by its running statistics: a score must not depend on its batch
     pooled, maps = map(torch.cat, zip(*([t.cpu() for t in detector.describe(f)] for f in batches)))
     if not maps.isfinite().all():
         raise UserError("the anomaly maps are not finite: the training diverged; lower --lr")
@@ -1170,14 +1219,14 @@ def train(given: dict) -> None:
     detector, device = build(cfg, content)
     out, images = make_folder(Path(cfg.out)), Images(train_set, detector.preprocess)
     say_what_runs(cfg, detector, device, train_set, test_set)
-    if detector.encode.random and content is None:
-        detector.encode.estimate_batchnorm(image_batches(images, cfg, device))
+    if detector.teacher.random and content is None:
+        detector.teacher.estimate_batchnorm(image_batches(images, cfg, device))
     source = images if cfg.cache == "off" else FeatureCache(
-        detector.encode, len(images), lambda: image_batches(images, cfg, device), cfg.cache, out)
+        detector.teacher, len(images), image_batches(images, cfg, device), cfg.cache, out)
     content = train_detector(cfg, detector, source, device, content)
     order = in_order(len(images), cfg.batch_size)
-    features, maps = describe(detector, progress(
-        feature_batches(source, order, detector.encode, device, cfg.workers), "anomaly maps",
+    features, maps = describe_all(detector, progress(
+        feature_batches(source, order, detector.teacher, device, cfg.workers), "anomaly maps",
         total=len(order)))
     cada = CADA(features.shape[1]).fit(features, maps, seed=cfg.seed)
     (u, gamma), scores = cada.predict(features), image_score(smooth(maps))
@@ -1186,6 +1235,7 @@ def train(given: dict) -> None:
                 "raw_threshold": quantile(scores, cfg.quantile),
                 "oracle": class_statistics(maps, [s.cls for s in train_set])}
     save_checkpoint(out / "checkpoint.pt", content)
+    del source, maps  # gigabytes, on a real set
     evaluate(cfg, detector, cada, content, test_set, device, started)
 
 
@@ -1196,7 +1246,7 @@ def say_what_runs(cfg, detector, device, train_set, test_set) -> None:
           f"device {device}; output in {cfg.out}", file=sys.stderr)
     if cfg.cache == "off":
         print("cache: off, teacher features are computed anew at every step", file=sys.stderr)
-    if detector.encode.random:
+    if detector.teacher.random:
         print(f"teacher: {cfg.teacher} with RANDOM weights (seed {cfg.seed}): this shows that the "
               "method works, its numbers are not the paper's", file=sys.stderr)
 
@@ -1214,17 +1264,17 @@ def train_detector(cfg, detector, source, device, content) -> dict:
         step = content["step"]
     detector.train()
     batches = shuffled(len(source), cfg.batch_size, cfg.iters, cfg.seed)[step:]
-    bar = progress(feature_batches(source, batches, detector.encode, device, cfg.workers),
+    bar = progress(feature_batches(source, batches, detector.teacher, device, cfg.workers),
                    "training", total=cfg.iters, initial=step)
     save_every = max(1, cfg.iters // 10)
 
     def state():
-        encode = detector.encode
+        teacher = detector.teacher
         return {"script": "cada", "config": asdict(cfg), "step": step,
                 "student": student.state_dict(), "optimizer": optimizer.state_dict(),
                 "schedule": schedule.state_dict(), "random": random_states(),
-                "teacher": {"identity": encode.identity(),
-                            "state": encode.state_dict() if encode.random else None}}
+                "teacher": {"identity": teacher.identity(),
+                            "state": teacher.state_dict() if teacher.random else None}}
 
     for features in bar:
         loss = detector.loss(features)
@@ -1249,11 +1299,9 @@ def quantile(scores: torch.Tensor, q: float) -> float:
 
 
 def class_statistics(maps: torch.Tensor, classes: list[str]) -> dict[str, list[float]]:
-    """{class: [u, gamma]}, class means of map mean and map maximum: the label oracle. [ours]"""
-    flat = maps.flatten(1)
-    stats = torch.stack([flat.mean(1), flat.amax(1)], dim=1)
-    rows = {c: [i for i, k in enumerate(classes) if k == c] for c in sorted(set(classes))}
-    return {c: stats[i].mean(0).tolist() for c, i in rows.items()}
+    """{class: [u, gamma]}, the class means of the training images: the label oracle. [ours]"""
+    statistics, names = map_statistics(maps), np.array(classes)
+    return {c: statistics[names == c].mean(0).tolist() for c in sorted(set(classes))}
 
 
 def evaluate(cfg, detector, cada, content, test_set, device, started) -> None:
@@ -1261,14 +1309,14 @@ def evaluate(cfg, detector, cada, content, test_set, device, started) -> None:
     out, labels = Path(cfg.out), np.array([s.label for s in test_set])
     classes, masks = np.array([s.cls for s in test_set]), load_masks(test_set, cfg.image_size)
     images = Images(test_set, detector.preprocess)
-    encoded = (detector.encode(x) for x in image_batches(images, cfg, device))
-    features, maps = describe(detector, encoded)
-    maps = smooth(maps)
+    encoded = (detector.teacher(x) for x in image_batches(images, cfg, device))
+    features, maps = describe_all(detector, encoded)
+    maps = smooth(maps)  # once for all three: aligning commutes with blurring
     u, gamma = cada.predict(features)
     statistics = {"raw": (torch.zeros_like(u), torch.ones_like(u)), "cada": (u, gamma)}
     unknown = set(classes) - set(content["oracle"])
     if not unknown:
-        statistics["oracle"] = torch.tensor([content["oracle"][c] for c in classes]).T
+        statistics["oracle"] = torch.tensor([content["oracle"][c] for c in classes]).T  # (2, N)
     aligned = {name: normalise(maps, *s) for name, s in statistics.items()}
     scores = {name: image_score(m).numpy() for name, m in aligned.items()}
     results = {name: summarise(scores[name], labels, classes, aligned[name], masks, device)
@@ -1290,8 +1338,8 @@ def evaluate(cfg, detector, cada, content, test_set, device, started) -> None:
         print("no masks in this data set: image metrics only")
     if unknown:
         print(f"no oracle rows: class {min(unknown)} was not in the training set")
-    print(threshold_line(threshold, cfg.quantile, anomalous, labels))
     print(f"wrote metrics.json, scores.csv, heatmaps.png and distributions.png to {out}")
+    print(threshold_line(threshold, cfg.quantile, anomalous, labels))
 
 
 def predict(given: dict, paths: list[str]) -> None:
@@ -1300,7 +1348,7 @@ def predict(given: dict, paths: list[str]) -> None:
     files, threshold = find_images(paths), content["threshold"]
     batches = image_batches(Images(files, detector.preprocess), cfg, device)
     for i, x in enumerate(batches):
-        features, maps = describe(detector, [detector.encode(x)])
+        features, maps = describe_all(detector, [detector.teacher(x)])
         statistics = cada.predict(features)
         maps = normalise(smooth(maps), *statistics)
         for sample, score, amap, u, gamma in zip(files[i * cfg.batch_size:],
@@ -1320,9 +1368,11 @@ def load_trained(given: dict):
     if "cada" not in content:
         raise UserError(f"--checkpoint {path}: its training stopped at step {content['step']} of "
                         f"{content['config']['iters']}; finish it with --resume")
-    cfg = Config(**stored_config(content, given, FREE + ("data", "batch_size"), path))
+    cfg = Config(**stored_config(content, given, MAY_DIFFER + ("data", "batch_size"), path))
     detector, device = build(cfg, content)
-    cada = CADA(*reversed(content["cada"]["centres"].shape))
+    make_folder(Path(cfg.out))
+    classes, in_features = content["cada"]["centres"].shape
+    cada = CADA(in_features, classes)
     cada.load_state_dict(content["cada"])
     return cfg, detector, cada, content, device
 
@@ -1338,7 +1388,8 @@ def main(argv=None) -> int:
         else:
             started = time.time()
             cfg, *parts, device = load_trained(given)
-            evaluate(cfg, *parts, read_dataset(Path(cfg.data))[1], device, started)
+            test_set = read_dataset(Path(cfg.data), test_only=True)[1]
+            evaluate(cfg, *parts, test_set, device, started)
         return 0
     except (Exception, KeyboardInterrupt) as e:
         message = one_line(e)

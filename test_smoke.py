@@ -366,12 +366,12 @@ def random_images(n: int) -> torch.Tensor:
 
 
 def test_gradients_reach_the_student_only(detector):
-    before = {k: v.clone() for k, v in detector.encode.state_dict().items()}
+    before = {k: v.clone() for k, v in detector.teacher.state_dict().items()}
     detector.train()
-    detector.loss(detector.encode(random_images(4))).backward()
-    assert all(p.grad is None and not p.requires_grad for p in detector.encode.parameters())
+    detector.loss(detector.teacher(random_images(4))).backward()
+    assert all(p.grad is None and not p.requires_grad for p in detector.teacher.parameters())
     assert all(p.grad is not None and p.grad.any() for p in detector.student.parameters())
-    after = detector.encode.state_dict()
+    after = detector.teacher.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before)  # running statistics included
 
 
@@ -383,7 +383,7 @@ def test_teacher_depends_on_its_seed_alone():
 
 
 def test_random_teacher_takes_batchnorm_statistics_from_the_images(detector):
-    teacher, batches = detector.encode, random_images(6).mul(3).add(1).split(3)
+    teacher, batches = detector.teacher, random_images(6).mul(3).add(1).split(3)
     teacher.estimate_batchnorm(batches)
     seen = torch.stack([teacher.stem[0](x).mean((0, 2, 3)) for x in batches]).mean(0)
     torch.testing.assert_close(teacher.stem[1].running_mean, seen, rtol=1e-3, atol=1e-4)
@@ -393,7 +393,7 @@ def test_random_teacher_takes_batchnorm_statistics_from_the_images(detector):
 
 
 def test_loss_and_map_are_cosine_distances(detector):
-    features = detector.encode(random_images(2))
+    features = detector.teacher(random_images(2))
     for sign, distance in ((1, 0.0), (-1, 2.0)):
         detector.student.forward = lambda encoded: [sign * e for e in encoded]
         assert detector.loss(features).item() == pytest.approx(3 * distance, abs=1e-4)
@@ -403,7 +403,7 @@ def test_loss_and_map_are_cosine_distances(detector):
 
 
 def test_position_loss_ignores_the_length_of_a_vector_and_flat_loss_does_not(detector):
-    features = detector.encode(random_images(2))
+    features = detector.teacher(random_images(2))
 
     def lengthen_a_corner(encoded):
         return [torch.cat([9 * e[..., :1], e[..., 1:]], dim=-1) for e in encoded]
@@ -415,7 +415,7 @@ def test_position_loss_ignores_the_length_of_a_vector_and_flat_loss_does_not(det
 
 
 def test_bfloat16_student_is_close_to_float32(detector, monkeypatch):
-    features = detector.eval().encode(random_images(2))
+    features = detector.eval().teacher(random_images(2))
     with torch.no_grad():
         exact, exact_loss = detector.describe(features)[1], detector.loss(features)
         monkeypatch.setattr(cada, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
@@ -538,7 +538,6 @@ def demo_features():
     images = {part: [cada.load_image(s.path) for s in samples]
               for part, samples in (("train", train), ("test", test))}
     patches = {
-        "noise": lambda: Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)),
         "one colour": lambda: Image.new("RGB", (24, 24), tuple(rng.integers(0, 256, 3).tolist())),
         "another image": lambda: images["test"][rng.integers(len(test))].crop((50, 50, 74, 74))}
     for name, patch in patches.items():
@@ -547,13 +546,13 @@ def demo_features():
             image.paste(patch(), tuple(rng.integers(0, 104, 2).tolist()))
     detector = cada.RevDist(cada.Config(**TINY | {"image_size": 128})).eval()
     batches = {part: torch.stack([*map(detector.preprocess, images[part])]) for part in images}
-    detector.encode.estimate_batchnorm(batches["train"].split(16))
+    detector.teacher.estimate_batchnorm(batches["train"].split(16))
     with torch.no_grad():
-        pooled = {part: detector.describe(detector.encode(x))[0] for part, x in batches.items()}
+        pooled = {part: detector.describe(detector.teacher(x))[0] for part, x in batches.items()}
     return pooled, [s.cls for s in train], [s.cls for s in test]
 
 
-@pytest.mark.parametrize("patch", ["noise", "one colour", "another image"])
+@pytest.mark.parametrize("patch", ["one colour", "another image"])
 def test_a_ruined_patch_hardly_moves_u_and_gamma(patch, demo_features):
     """Nor does the patch's 3.5 % of the image make it another class."""
     pooled, classes, test_classes = demo_features
@@ -565,6 +564,53 @@ def test_a_ruined_patch_hardly_moves_u_and_gamma(patch, demo_features):
     assert (head.predict(pooled["test"])[0] / truth - 1).abs().median() < 0.15  # tells the classes
     for before, after in zip(head.predict(pooled["test"]), head.predict(pooled[patch])):
         assert (after / before - 1).abs().median() < 0.15
+
+
+def test_the_readme_shows_how_to_plug_it_in():
+    """Its block of Python, word for word, on a detector that has nothing to do with RevDist."""
+    normal, test = five_classes(0, 40, anomalous=False), five_classes(1, 40, anomalous=True)
+    names = {"normal_images": normal, "test_images": test, "my_detector": lambda data: data[:2]}
+    exec((HERE / "README.md").read_text().split("```python\n")[1].split("```")[0], names)
+    assert names["aligned"].shape == test[1].shape
+    assert (names["gamma"] > names["u"]).all()
+    raw = cada.image_score(cada.smooth(test[1]))
+    assert auroc(names["scores"], test[2]) > auroc(raw, test[2]) + 0.1
+
+
+ELPV = HERE / "runs/elpv/checkpoint.pt"  # README.md tells how to make it
+
+
+@pytest.mark.skipif(not (ELPV.is_file() and (HERE / "data/elpv").is_dir()),
+                    reason="needs data/elpv and a detector trained on it, see README.md")
+def test_elpv_no_harm_and_a_class_of_another_scale():
+    """Real photographs, and the same with the maps (not the images) of one class times 4."""
+    cfg, detector, _, _, device = cada.load_trained({"checkpoint": str(ELPV)})
+    parts = cada.read_dataset(Path(cfg.data))
+    described = []
+    for samples in parts:
+        images = cada.Images(samples, detector.preprocess)
+        encoded = (detector.teacher(x) for x in cada.image_batches(images, cfg, device))
+        described.append(cada.describe_all(detector, encoded))
+    classes = [np.array([s.cls for s in samples]) for samples in parts]
+    labels = np.array([s.label for s in parts[1]])
+    for scaled in (None, "mono", "poly"):
+        (features, maps), (test_features, test_maps) = (
+            (f, m * torch.tensor(np.where(c == scaled, 4, 1))[:, None, None].float())
+            for (f, m), c in zip(described, classes))
+        head = cada.CADA(features.shape[1]).fit(features, maps, seed=cfg.seed)
+        known = cada.class_statistics(maps, classes[0].tolist())
+        raw = cada.image_score(cada.smooth(test_maps))
+        statistics = {"raw": (0, 1), "cada": head.predict(test_features),
+                      "oracle": torch.tensor([known[c] for c in classes[1]]).T}
+        scores = {name: (raw - u) / (gamma - u) for name, (u, gamma) in statistics.items()}
+        pooled = {name: auroc(s, labels) for name, s in scores.items()}
+        mean = {name: auroc(s, labels, classes[1]) for name, s in scores.items()}
+        print(f"\n{scaled or 'no class'} times 4:", *(
+            f"{n} {100 * pooled[n]:.1f} ({100 * mean[n]:.1f})" for n in scores))
+        if scaled:
+            assert pooled["cada"] > pooled["oracle"] - 0.05
+        else:
+            assert pooled["cada"] > pooled["raw"] - 0.01 and mean["cada"] > mean["raw"] - 0.015
 
 
 # ---- metrics -------------------------------------------------------------------------------------
