@@ -38,7 +38,10 @@ paper                                        here
     python cada.py --data DIR                          on MVTec AD, VisA, or a tree of your own
     python cada.py eval --checkpoint FILE              the same numbers again
     python cada.py predict --checkpoint FILE PATH ...  score images, write heat maps
-MEASURED
+
+Measured on the demo set: random ResNet-18, 2 CPU cores, about 2 minutes a run, seeds 0-2, I-AUROC
+in %: pooled raw 66.6 +- 1.3, CADA 79.9 +- 2.5, label oracle 79.9 +- 2.5; class mean 81.3 +- 2.1 for
+all three. MVTec AD, VisA and a GPU: not run here. ELPV and all that was tried: README.md.
 """
 from __future__ import annotations
 
@@ -791,7 +794,7 @@ def pixel_metrics(maps, masks, device=torch.device("cpu")) -> dict[str, float]:
     del order
     ends = torch.ones_like(scores, dtype=torch.bool)  # the last pixel of each run of equal scores
     ends[:-1] = scores[1:] != scores[:-1]
-    tp = (weights > 0).cumsum(0)[ends].double()
+    tp = (weights > 0).cumsum(0)[ends].double()  # bools are summed as int64: exact
     overlap = weights.cumsum(0, dtype=torch.float64)[ends] / max(regions, 1)
     flagged = ends.nonzero()[:, 0].double() + 1  # pixels at or above each threshold
     fp, positives = flagged - tp, tp[-1].item()
@@ -1252,8 +1255,14 @@ def say_what_runs(cfg, detector, device, train_set, test_set) -> None:
 
 
 def train_detector(cfg, detector, source, device, content) -> dict:
-    """The training loop. Returns the content of a checkpoint. Raises UserError on a NaN loss."""
+    """The training loop. Returns the content of a checkpoint. Raises UserError on a NaN loss.
+
+    Only the student learns: the teacher's features were computed without gradients, and its
+    BatchNorm stays in eval mode. The student's BatchNorm learns its statistics here. There is no
+    validation and no best epoch, which could only be chosen on test images: the last step counts.
+    """
     student = detector.student
+    # Optimiser and schedule: [author], written for a sibling model.
     optimizer = torch.optim.AdamW(student.parameters(), cfg.lr, weight_decay=1e-5, amsgrad=True)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [int(0.8 * cfg.iters)], gamma=0.2)
     step = 0
@@ -1284,7 +1293,7 @@ def train_detector(cfg, detector, source, device, content) -> dict:
         schedule.step()
         step += 1
         if step % save_every == 0 or step % 20 == 0 or step == cfg.iters:
-            value = loss.item()  # waits for the GPU, so not at every step
+            value = loss.item()  # this waits for the GPU, so only now and then
             if not math.isfinite(value):
                 raise UserError(f"the loss is {value} at step {step}; lower --lr {cfg.lr}")
             bar.set_postfix(loss=f"{value:.4f}")

@@ -522,6 +522,24 @@ def test_a_fit_depends_on_its_seed_alone(fitted):
         assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("odd", [1, 3])
+def test_odd_images_do_not_merge_the_classes(odd):
+    """One image far from all others is the best cut there is, and says nothing of the rest."""
+    features, maps, *_ = five_classes(1, 40, anomalous=False)
+    features[:odd] += 100 * torch.eye(odd, 64)
+    head = cada.CADA(64).fit(features, maps)
+    assert len(head.predict(features[odd:])[0].unique()) == 5
+
+
+def test_implicit_classes_of_a_large_set_come_from_a_sample():
+    rng = np.random.default_rng(0)
+    x = np.repeat(8 * np.eye(4, 8), 700, axis=0) + rng.normal(size=(2800, 8))
+    x = np.concatenate([x, np.full((1, 8), 500.0)]).astype(np.float32)
+    labels = cada.implicit_classes(x, 10, seed=0).labels_
+    assert [len(set(labels[i:i + 700])) for i in range(0, 2800, 700)] == [1] * 4
+    assert len(set(labels)) == 5  # and the odd one
+
+
 def test_cada_is_not_told_the_class():
     assert list(inspect.signature(cada.CADA.fit).parameters) == ["self", "features", "maps", "seed"]
     assert list(inspect.signature(cada.CADA.predict).parameters) == ["self", "features"]
@@ -563,7 +581,7 @@ def test_a_ruined_patch_hardly_moves_u_and_gamma(patch, demo_features):
     truth = torch.tensor([1.5 * scale[c] for c in test_classes])
     assert (head.predict(pooled["test"])[0] / truth - 1).abs().median() < 0.15  # tells the classes
     for before, after in zip(head.predict(pooled["test"]), head.predict(pooled[patch])):
-        assert (after / before - 1).abs().median() < 0.15
+        assert ((after / before - 1).abs() < 0.05).float().mean() >= 0.9  # of the images
 
 
 def test_the_readme_shows_how_to_plug_it_in():
@@ -608,7 +626,7 @@ def test_elpv_no_harm_and_a_class_of_another_scale():
         print(f"\n{scaled or 'no class'} times 4:", *(
             f"{n} {100 * pooled[n]:.1f} ({100 * mean[n]:.1f})" for n in scores))
         if scaled:
-            assert pooled["cada"] > pooled["oracle"] - 0.05
+            assert pooled["cada"] > max(pooled["oracle"] - 0.05, pooled["raw"])
         else:
             assert pooled["cada"] > pooled["raw"] - 0.01 and mean["cada"] > mean["raw"] - 0.015
 
@@ -748,7 +766,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(data, trained, tmp_path
     assert done.returncode == -signal.SIGKILL
     assert {p.name for p in listing(out)} == {"checkpoint.pt"}  # and no cache
     fails("eval", "--checkpoint", out / "checkpoint.pt", says=["step 2 of 4", "--resume"])
-    assert run("--resume", "--out", out) == 0
+    assert run("--resume", "--data", f"{data}/", "--out", out) == 0  # the slash is no other set
     assert results(out) == results(trained.out)
     np.testing.assert_array_equal(numbers(out, *EXACT), numbers(trained.out, *EXACT))
 
@@ -816,8 +834,9 @@ def test_train_eval_predict_from_the_shell(data, trained, tmp_path):
     words = "--checkpoint", trained.checkpoint, "--out", tmp_path / "out"
     done = shell("cada.py", "eval", *words, cwd=HERE)
     assert done.returncode == 0, done.stderr
-    *told, wrote = done.stdout.splitlines()
-    assert told == trained.stdout.splitlines()[:-1]
+    told, as_trained = ([line for line in text.splitlines() if not line.startswith("wrote")]
+                        for text in (done.stdout, trained.stdout))
+    assert told == as_trained
     assert "checkpoint.pt" not in wrote and not (tmp_path / "out/checkpoint.pt").exists()
     assert results(tmp_path / "out") == results(trained.out)
 
@@ -1132,6 +1151,9 @@ def test_not_a_checkpoint(tmp_path, weights_files, fails):
 @pytest.mark.parametrize("words, says", [
     ("eval --image-size 96", ["--image-size 96", "64"]),
     ("eval --teacher resnet34", ["--teacher resnet34", "resnet18"]),
+    ("eval --weights IMAGENET1K_V1", ["--weights IMAGENET1K_V1", "none"]),
+    ("eval --batch-size 0", ["--batch-size 0"]),
+    ("predict x.png --workers -1", ["--workers -1"]),
     ("train --resume --iters 8", ["--iters 8", "4"]),
     ("predict nowhere.png", ["nowhere.png"]),
     ("predict nowhere.png --workers 1", ["nowhere.png"])])  # told by a worker process
