@@ -125,7 +125,7 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, UserError):
         return text
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; a training goes on with --resume"
+        return "interrupted; --resume goes on from the last checkpoint, if there was one yet"
     if isinstance(error, MemoryError) or any(k in text.lower() for k in (
             "out of memory", "can't allocate memory", "not enough memory", "alloc_failed",
             "bus error")):
@@ -162,8 +162,9 @@ def parse_args(argv, config: type, description: str) -> tuple[str, list[str], di
         how = {"action": "store_true"} if f.type == "bool" else {
             "type": kind, "choices": f.metadata["choices"],
             "metavar": None if f.metadata["choices"] else kind.__name__.upper()}
+        default = "" if f.default in (None, False) else f" (default: {f.default})"
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
-                            help=f.metadata["help"], **how)
+                            help=f.metadata["help"] + default, **how)
     given = vars(parser.parse_intermixed_args(argv))
     if "data" in given:  # absolute: eval and --resume compare it, and may run in another folder
         given["data"] = str(Path(given["data"]).resolve())
@@ -670,7 +671,12 @@ class CADA(nn.Module):
             self.register_buffer(name, torch.zeros(shape))
 
     def fit(self, features: torch.Tensor, maps: torch.Tensor, seed: int = 0) -> "CADA":
-        """Learn from normal images: features (N, C), raw maps (N, H, W). No label, no gradient."""
+        """Learn from normal images: features (N, C), raw maps (N, H, W), float tensors on the CPU.
+        No label, no gradient. Raises ValueError for other shapes."""
+        if (features.shape[1:] != self.mean.shape or maps.ndim != 3
+                or len(maps) != len(features)):
+            raise ValueError(f"expected features (N, {len(self.mean)}) and maps (N, H, W), got "
+                             f"{tuple(features.shape)} and {tuple(maps.shape)}")
         self.mean, self.std = features.mean(0), features.std(0, correction=0) + 1e-6
         x = ((features - self.mean) / self.std).numpy()  # else the largest channels decide alone
         kmeans, per_image = implicit_classes(x, self.MAX_CLASSES, seed), map_statistics(maps)

@@ -540,6 +540,13 @@ def test_implicit_classes_of_a_large_set_come_from_a_sample():
     assert len(set(labels)) == 5  # and the odd one
 
 
+@pytest.mark.parametrize("features, maps", [
+    ((9, 63), (9, 8, 8)), ((9, 64), (8, 8, 8)), ((9, 64), (9, 1, 8, 8))])
+def test_a_fit_says_which_shapes_it_expects(features, maps):
+    with pytest.raises(ValueError, match=r"\(N, 64\) and maps \(N, H, W\)"):
+        cada.CADA(64).fit(torch.randn(features), torch.rand(maps))
+
+
 def test_cada_is_not_told_the_class():
     assert list(inspect.signature(cada.CADA.fit).parameters) == ["self", "features", "maps", "seed"]
     assert list(inspect.signature(cada.CADA.predict).parameters) == ["self", "features"]
