@@ -226,7 +226,7 @@ class Config:
     out: str = option("runs/cada", "folder for everything that is written")
     seed: int = option(0, "seed of weights, batches and CADA's training")
     device: str = option("auto", "where to run", ("auto", "cpu", "cuda", "mps"))
-    teacher: str = option("wide_resnet50_2", "frozen torchvision ResNet; RevDist's [paper]")
+    teacher: str = option("wide_resnet50_2", "frozen torchvision ResNet; the default is RD's")
     weights: str = option("IMAGENET1K_V1", "its weights: torchvision tag, local file, or none "
                           "(random)")
     image_size: int = option(256, "images are squashed to a square of so many pixels")
@@ -456,7 +456,7 @@ def resnet_names() -> list[str]:
 
 
 class Teacher(nn.Module):
-    """RevDist's teacher [paper]: a ResNet up to layer3, no gradients, always in eval mode.
+    """RevDist's teacher, as in RD: a ResNet up to layer3, no gradients, always in eval mode.
 
     forward: (B, 3, S, S) -> [(B, C1, S/4, S/4), (B, C2, S/8, S/8), (B, C3, S/16, S/16)], float16.
     Half precision always, cached or not, so that --cache changes the time and nothing else; float16
@@ -566,7 +566,7 @@ def residual_stage(like, inputs: int, planes: int, depth: int, up: bool) -> nn.S
 
 
 class Student(nn.Module):
-    """What RevDist trains [paper], in RD's shapes: fusion, one-class bottleneck, mirrored decoder.
+    """What RevDist trains, in RD's shapes: fusion, one-class bottleneck, mirrored decoder.
 
     forward: the teacher's [(B, C1, S/4, S/4), (B, C2, S/8, S/8), (B, C3, S/16, S/16)] -> the same
     shapes, reproduced from a code of (B, 2 * C3, S/32, S/32). 83.80 M parameters for
@@ -598,7 +598,7 @@ class Student(nn.Module):
 
 
 class RevDist(nn.Module):
-    """Reverse distillation, the detector under CADA. [paper]
+    """Reverse distillation, the detector under CADA: its name is [paper], its shapes are RD's.
 
     The decoder learned to reproduce the teacher's features e of normal images only; where its d
     fails, the image is anomalous: A(h,w) = mean over layers of 1 - <e,d> / (|e||d|). [author]
