@@ -59,6 +59,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -758,6 +759,21 @@ def image_score(maps: torch.Tensor) -> torch.Tensor:
     """
     flat = maps.flatten(1)
     return flat.topk(max(1, flat.shape[1] // 100), dim=1).values.mean(1)
+
+
+@torch.no_grad()
+def describe_all(detector, batches):
+    """Run the detector over teacher features: pooled (N, C) and raw maps (N, S, S), on the CPU."""
+    detector.eval()  # BatchNorm by its running statistics: a score must not depend on its batch
+    pooled, maps = map(torch.cat, zip(*([t.cpu() for t in detector.describe(f)] for f in batches)))
+    if not maps.isfinite().all():
+        raise UserError("the anomaly maps are not finite: the training diverged; lower --lr")
+    return pooled, maps
+
+
+def quantile(scores: torch.Tensor, q: float) -> float:
+    """The q-quantile of normal training scores: a threshold that no test label has touched."""
+    return torch.quantile(scores.double(), q).item()
 # ==== end shared
 
 
@@ -933,6 +949,12 @@ def image_loader(images: Images, device: torch.device, workers: int, **batching)
         yield to_device(x, device)
 
 
+def image_batches(images: Images, cfg: Config, device):
+    """Preprocessed images in order, batch by batch, on the device."""
+    return progress(image_loader(images, device, cfg.workers, batch_size=cfg.batch_size), "images",
+                    total=math.ceil(len(images) / cfg.batch_size))
+
+
 def to_device(images: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copy an image batch to the device, in the layout that convolutions are fast in."""
     return images.to(device, memory_format=torch.channels_last, non_blocking=True)
@@ -954,6 +976,11 @@ def shuffled(n: int, batch_size: int, steps: int, seed: int) -> list[list[int]]:
 
 
 # ==== shared: checkpoint
+def checkpoint_path(given: dict) -> Path:
+    """--checkpoint, else checkpoint.pt in --out."""
+    return Path(given.get("checkpoint") or Path(given.get("out", Config.out)) / "checkpoint.pt")
+
+
 def random_states() -> dict:
     """The states of PyTorch's random generators: dropout, where there is any, draws from them."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
@@ -1017,8 +1044,8 @@ def check_teacher(teacher, content: dict) -> None:
 # ==== shared: report
 def versions() -> dict[str, str]:
     """What the numbers were made with."""
-    names = {"torch": torch, "torchvision": torchvision, "numpy": np}
-    return {"python": platform.python_version()} | {n: m.__version__ for n, m in names.items()}
+    names = ("torch", "torchvision", "open_clip_torch", "numpy", "scikit-learn")
+    return {"python": platform.python_version()} | {n: metadata.version(n) for n in names}
 
 
 def without_nan(value):
@@ -1187,11 +1214,6 @@ def configure(given: dict) -> tuple[Config, dict | None]:
     return cfg, None
 
 
-def checkpoint_path(given: dict) -> Path:
-    """--checkpoint, else checkpoint.pt in --out."""
-    return Path(given.get("checkpoint") or Path(given.get("out", Config.out)) / "checkpoint.pt")
-
-
 def build(cfg: Config, content: dict | None = None) -> tuple[RevDist, torch.device]:
     """The detector on its device, with the weights of a checkpoint if one is given."""
     device = choose_device(cfg.device)
@@ -1202,22 +1224,6 @@ def build(cfg: Config, content: dict | None = None) -> tuple[RevDist, torch.devi
         check_teacher(detector.teacher, content)
         detector.student.load_state_dict(content["student"])
     return detector.to(device, memory_format=torch.channels_last), device
-
-
-def image_batches(images: Images, cfg: Config, device):
-    """Preprocessed images in order, batch by batch, on the device."""
-    return progress(image_loader(images, device, cfg.workers, batch_size=cfg.batch_size), "images",
-                    total=math.ceil(len(images) / cfg.batch_size))
-
-
-@torch.no_grad()
-def describe_all(detector, batches):
-    """Run the detector over teacher features: pooled (N, C) and raw maps (N, S, S), on the CPU."""
-    detector.eval()  # BatchNorm by its running statistics: a score must not depend on its batch
-    pooled, maps = map(torch.cat, zip(*([t.cpu() for t in detector.describe(f)] for f in batches)))
-    if not maps.isfinite().all():
-        raise UserError("the anomaly maps are not finite: the training diverged; lower --lr")
-    return pooled, maps
 
 
 def train(given: dict) -> None:
@@ -1306,11 +1312,6 @@ def train_detector(cfg, detector, source, device, content) -> dict:
         if step % save_every == 0 and step < cfg.iters:
             save_checkpoint(Path(cfg.out) / "checkpoint.pt", state())
     return state()
-
-
-def quantile(scores: torch.Tensor, q: float) -> float:
-    """The q-quantile of normal training scores: a threshold that no test label has touched."""
-    return torch.quantile(scores.double(), q).item()
 
 
 def class_statistics(maps: torch.Tensor, classes: list[str]) -> dict[str, list[float]]:
