@@ -57,6 +57,7 @@ import platform
 import shutil
 import sys
 import tempfile
+import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
@@ -237,6 +238,7 @@ class Config:
     batch_size: int = option(8, "images a training step [paper]")
     epochs: int = option(250, "passes over the training images [paper]; 200 on VisA")
     lr: float = option(1e-3, "Adam learning rate [paper]")
+    clip: float = option(1.0, "gradients are scaled down to this norm; 0: never [ours]")
     experts: int = option(5, "experts of the gated mixture [paper]")
     top_k: int = option(2, "experts that each token uses [paper]")
     theta: int = option(5, "epochs in which the prompts learn [paper], meaning [ours]")
@@ -259,7 +261,7 @@ class Config:
             if not getattr(self, name) > 0:
                 flag = "--" + name.replace("_", "-")
                 raise UserError(f"{flag} {getattr(self, name)}: must be above 0")
-        for name in ("seed", "workers", "theta"):
+        for name in ("seed", "workers", "theta", "clip"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name} {getattr(self, name)}: must not be negative")
         if not 1 <= self.top_k <= self.experts:
@@ -270,7 +272,7 @@ class Config:
 
 
 # What replaces the defaults on the demo set, so that two CPU cores do it in minutes. [ours]
-DEMO = {"teacher": "tiny", "weights": "none", "epochs": 12, "theta": 2, "workers": 0}
+DEMO = {"teacher": "tiny", "weights": "none", "epochs": 30, "workers": 0}
 VISA = {"epochs": 200}  # [paper]
 # Flags that may differ between a checkpoint and the command that reads it.
 MAY_DIFFER = ("out", "device", "cache", "checkpoint", "resume", "workers")
@@ -457,8 +459,8 @@ class Images(Dataset):
 
 # ---- frozen teacher: CLIP ------------------------------------------------------------------------
 # A CLIP that needs no download: random weights from a seed, small enough for a CPU. [ours]
-TINY = {"embed_dim": 128,
-        "vision_cfg": {"image_size": 128, "patch_size": 8, "width": 192, "layers": 6},
+TINY = {"embed_dim": 192,
+        "vision_cfg": {"image_size": 128, "patch_size": 16, "width": 192, "layers": 6},
         "text_cfg": {"context_length": 32, "width": 128, "heads": 2, "layers": 3}}
 
 
@@ -480,6 +482,8 @@ def load_clip(name: str, weights: str, image_size: int | None):
         if name == "tiny":
             vision = TINY["vision_cfg"] | ({"image_size": image_size} if image_size else {})
             clip = open_clip.CLIP(**TINY | {"vision_cfg": vision})
+            clip.visual.positional_embedding.data *= 0.3  # drawn at full size, it outweighs texture
+            nn.init.orthogonal_(clip.visual.proj)  # so the joint space keeps every cosine
             if weights != "none":
                 open_clip.load_checkpoint(clip, weights)
             return clip, open_clip.SimpleTokenizer(
@@ -491,7 +495,7 @@ def load_clip(name: str, weights: str, image_size: int | None):
     except MemoryError:
         raise
     except Exception as e:  # a failed download, a broken file, a missing package: many kinds
-        reason = " ".join(str(e).split())[:300]
+        reason = textwrap.shorten(str(e), 300, placeholder=" ...")
         raise UserError(f"--weights {weights}: cannot load it into {name} ({reason}); {remedy}")
     finally:
         logging.disable(logging.NOTSET)
@@ -556,6 +560,9 @@ class Teacher(nn.Module):
             side, tuple(stored.get("mean", open_clip.OPENAI_DATASET_MEAN)),
             tuple(stored.get("std", open_clip.OPENAI_DATASET_STD)),
             Image.BILINEAR if stored.get("interpolation") == "bilinear" else Image.BICUBIC)
+        if self.random:
+            self.register_buffer("mean", torch.zeros(len(self.taps), 1, self.width))
+            self.register_buffer("whiten", torch.eye(self.width).repeat(len(self.taps), 1, 1))
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True):
@@ -571,8 +578,33 @@ class Teacher(nn.Module):
             found = self.clip.visual.forward_intermediates(
                 x, indices=[t - 1 for t in self.taps], stop_early=True, intermediates_only=True,
                 output_fmt="NLC", output_extra_tokens=True)
-        return [torch.cat(pair, dim=1).half() for pair in zip(
+        tokens = [torch.cat(pair, dim=1) for pair in zip(
             found["image_intermediates_prefix"], found["image_intermediates"])]
+        if self.random:
+            tokens = [(F.layer_norm(t.float(), (self.width,)) - mean) @ whiten
+                      for t, mean, whiten in zip(tokens, self.mean, self.whiten)]
+        return [t.half() for t in tokens]
+
+    @torch.no_grad()
+    def estimate_statistics(self, batches) -> None:
+        """Give a random teacher the mean and covariance of the training images' tokens, tap by tap:
+        from now on it answers with whitened ones. [ours]
+
+        A random network says little more than the mean colour of a patch: that one direction drowns
+        all others in a cosine, and a decoder has learned it in no time. Whitening brings texture up
+        to the same size. The tokens of a trained CLIP are left as they are.
+        """
+        n, total, outer = 0, 0, 0
+        for x in batches:
+            tokens = torch.stack(self(x)).flatten(1, 2).cpu().double()  # (taps, B * (1 + N), C)
+            n, total = n + tokens.shape[1], total + tokens.sum(1, keepdim=True)
+            outer = outer + tokens.mT @ tokens
+        mean = total / n
+        values, vectors = torch.linalg.eigh(outer / n - mean.mT @ mean)
+        largest = values[:, None, -1:]  # eigh sorts them; a thousandth of it keeps noise small
+        whiten = vectors * (values[:, None] / largest + 1e-3).rsqrt() @ vectors.mT
+        self.mean.copy_(mean)
+        self.whiten.copy_(whiten)
 
     def joint(self, tokens):
         """P(f): tokens of any tap (..., C) -> unit vectors in the space shared with text (..., D).
@@ -751,8 +783,8 @@ class CNC(nn.Module):
         return self.text
 
     def distance(self, encoded, decoded, text):
-        """1 - cos(e*, d*) of each patch, in the joint space and promoted: two lists of (B, 1 + N, C)
-        -> (taps, B, N) in 0..2. RD with cosine is [paper], patch by patch [ours]."""
+        """1 - cos(e*, d*) of each patch, in the joint space and promoted: lists of (B, 1 + N, C) ->
+        (taps, B, N) in 0..2. RD with cosine is [paper], patch by patch [ours]."""
         maps = []
         for e, d, (t_normal, t_abnormal) in zip(encoded, decoded, text):
             e, d = self.teacher.joint(e[:, 1:]), self.teacher.joint(d[:, 1:])
@@ -766,11 +798,13 @@ class CNC(nn.Module):
 
         tokens: lists of (B, 1 + N, C), text (taps, 2, D). [paper] target, [ours] form.
         At tau = 0.001 a difference of 0.01 in cosine is one of 10 in logit: the loss saturates
-        as soon as t_a is a little farther off than t_n, and is over. In float32, outside autocast.
+        as soon as t_a is a little farther off than t_n, and is over. Hence float32, and no matmul,
+        which bf16 and TF32 would round to three digits.
         """
         losses = []
         for f, t in zip(tokens, text):
-            logits = self.teacher.joint(f[:, 0]) @ t.T / self.tau  # (B, 2)
+            cls = self.teacher.joint(f[:, :1])  # (B, 1, D)
+            logits = F.cosine_similarity(cls, t, dim=-1) / self.tau  # (B, 2)
             losses.append(F.cross_entropy(logits, logits.new_zeros(len(f), dtype=torch.long)))
         return torch.stack(losses).mean()
 
@@ -1311,8 +1345,8 @@ def plot_experts(path: Path, samples: list[Sample], gate: torch.Tensor) -> None:
     owner = np.array([s.cls for s in samples])
     shares = [gate[good & (owner == c)].mean((0, 1)) for c in classes]
     shares = torch.stack([*shares, gate[good].mean((0, 1))]).nan_to_num().numpy()
-    figure = Figure(figsize=(9.5, 0.8 * len(classes) + 1.2))
-    left, right = figure.subfigures(1, 2, width_ratios=(2, 1))
+    figure = Figure(figsize=(9.5, 0.85 * len(classes) + 1.2))
+    left, right = figure.subfigures(1, 2, width_ratios=(4, 1), wspace=0)
     ax = left.subplots()
     ax.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for (row, column), share in np.ndenumerate(shares):
@@ -1326,7 +1360,8 @@ def plot_experts(path: Path, samples: list[Sample], gate: torch.Tensor) -> None:
     ax.set_title("who takes the patches of a class's good images", fontsize=10)
     colours = ListedColormap([EXPERT_COLOURS[k % len(EXPERT_COLOURS)]
                               for k in range(gate.shape[2])])
-    axes = right.subplots(len(classes), 2, squeeze=False)
+    axes = right.subplots(len(classes), 2, squeeze=False, gridspec_kw={
+        "wspace": 0.05, "hspace": 0.08, "left": 0, "right": 1})
     for row, cls in zip(axes, classes):
         i = np.flatnonzero(owner == cls)[-1]
         row[0].imshow(load_image(samples[i].path).resize((128, 128)))
@@ -1335,7 +1370,7 @@ def plot_experts(path: Path, samples: list[Sample], gate: torch.Tensor) -> None:
         for cell in row:
             cell.axis("off")
     axes[0, 0].set_title("image", fontsize=10)
-    axes[0, 1].set_title("expert of each patch", fontsize=10)
+    axes[0, 1].set_title("its experts", fontsize=10)
     save_figure(path, figure)
 
 
@@ -1405,6 +1440,8 @@ def train(given: dict) -> None:
     detector, device = build(cfg, content)
     out, images = make_folder(Path(cfg.out)), Images(train_set, detector.preprocess)
     say_what_runs(cfg, detector, device, train_set, test_set)
+    if detector.teacher.random and content is None:
+        detector.teacher.estimate_statistics(image_batches(images, cfg, device))
     source = images if cfg.cache == "off" else FeatureCache(
         detector.teacher, len(images), image_batches(images, cfg, device), cfg.cache, out)
     content = train_detector(cfg, detector, source, device, content)
@@ -1467,6 +1504,8 @@ def train_detector(cfg, detector, source, device, content) -> dict:
         loss = detector.loss(features, warm_up=step < cfg.theta * steps_per_epoch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if cfg.clip:  # at tau = 0.001 a CLS token on the wrong side has a gradient that dwarfs all
+            nn.utils.clip_grad_norm_(parameters, cfg.clip)  # others, and Adam's beta2 remembers it
         optimizer.step()
         step += 1
         if step % save_every == 0 or step % 20 == 0 or step == steps:
