@@ -31,14 +31,16 @@ paper                                          here
   fusion, decoder [port]                         Student
   feature-level normality promotion [paper]      promote; form: [ours]
   cross-modal normality constraint [paper]       CNC.constraint; form: [ours]
-  theta = 5 [paper]: epochs of warm-up [ours]    train_detector
-  distillation by cosine [paper]                 CNC.distillation
-  anomaly map M [paper]                          CNC.describe
+  theta = 5 [paper]: epochs of warm-up [ours]    CNC.loss, train_detector
+  tau = 0.001 [paper], its role [ours]           CNC.constraint
+  distillation by cosine [paper], patch by       CNC.distance, CNC.loss
+    patch, in CLIP's joint space [ours]          Teacher.joint
+  anomaly map M [paper], score [ours]            CNC.describe, image_score
 
     python cnc.py                                      train and evaluate; without data/mvtec and
                                                        data/visa on the small set in data/demo
     python cnc.py --data DIR                           on MVTec AD, VisA, or a tree of your own
-    python cnc.py --no-moe --no-fnp --no-constraint    plain reverse distillation
+    python cnc.py --no-moe --no-fnp --no-constraint    plain reverse distillation, in joint space
     python cnc.py eval --checkpoint FILE               the same numbers again
     python cnc.py predict --checkpoint FILE PATH ...   score images, write heat maps
 
@@ -61,7 +63,7 @@ import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 
@@ -236,16 +238,19 @@ class Config:
     taps: str = option(None, "blocks of the teacher to reproduce, for instance 8,16,24; default: "
                        "at one third, two thirds and all of its depth [port]")
     batch_size: int = option(8, "images a training step [paper]")
-    epochs: int = option(250, "passes over the training images [paper]; 200 on VisA")
+    epochs: int = option(250, "passes over the training images [paper]; 200 on VisA (raw "
+                         "archive)")
     lr: float = option(1e-3, "Adam learning rate [paper]")
     clip: float = option(1.0, "gradients are scaled down to this norm; 0: never [ours]")
     experts: int = option(5, "experts of the gated mixture [paper]")
     top_k: int = option(2, "experts that each token uses [paper]")
-    theta: int = option(5, "epochs in which the prompts learn [paper], meaning [ours]")
+    theta: int = option(5, "epochs in which the constraint teaches the prompts, not yet the "
+                        "decoder [paper], meaning [ours]; the distillation runs from the start")
     tau: float = option(0.001, "temperature of the softmax over image-text cosines [paper]")
     no_moe: bool = option(False, "one expert instead of the gated mixture")
     no_fnp: bool = option(False, "no feature-level normality promotion")
-    no_constraint: bool = option(False, "do not guide the decoded features towards normal text")
+    no_constraint: bool = option(False, "do not guide the decoded features towards normal text "
+                                 "(the prompts still learn if the promotion needs them)")
     quantile: float = option(0.99, "share of normal training scores below the threshold [ours]")
     cache: str = option("auto", "teacher features in memory, in a temporary file, or computed "
                         "anew; auto: ram if half of the free memory holds them [ours]",
@@ -264,6 +269,9 @@ class Config:
         for name in ("seed", "workers", "theta", "clip"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name} {getattr(self, name)}: must not be negative")
+        if self.image_size is not None and self.image_size < 1:
+            raise UserError(f"--image-size {self.image_size}: must be a positive multiple of the "
+                            "teacher's patch")
         if not 1 <= self.top_k <= self.experts:
             raise UserError(f"--top-k {self.top_k}: must be between 1 and the number of experts "
                             f"(--experts {self.experts})")
@@ -463,6 +471,10 @@ TINY = {"embed_dim": 192,
         "vision_cfg": {"image_size": 128, "patch_size": 16, "width": 192, "layers": 6},
         "text_cfg": {"context_length": 32, "width": 128, "heads": 2, "layers": 3}}
 
+NO_PLAIN_VIT = ("--teacher {}: not a plain ViT with a CLS token and a text tower of CLIP's kind "
+                "(CNC reads patch tokens, CLS and prompts); use for instance ViT-B-32, ViT-B-16, "
+                "ViT-L-14, ViT-L-14-336")
+
 
 def load_clip(name: str, weights: str, image_size: int | None):
     """A CLIP and its tokenizer: built here (tiny) or by open_clip, random or with --weights.
@@ -473,6 +485,10 @@ def load_clip(name: str, weights: str, image_size: int | None):
     if name != "tiny" and name not in open_clip.list_models():
         raise UserError(f"--teacher {name}: unknown; use tiny or a ViT of open_clip's, for "
                         "instance ViT-B-32, ViT-B-16, ViT-L-14, ViT-L-14-336")
+    if name != "tiny":  # ask before a download of gigabytes
+        vision = open_clip.get_model_config(name)["vision_cfg"]
+        if "timm_model_name" in vision or not isinstance(vision.get("layers", 12), int):
+            raise UserError(NO_PLAIN_VIT.format(name))
     tags = open_clip.list_pretrained_tags_by_model(name)
     if weights != "none" and weights not in tags and not Path(weights).is_file():
         known = f"none of {', '.join(tags)}" if tags else f"{name} has no published weights"
@@ -483,7 +499,7 @@ def load_clip(name: str, weights: str, image_size: int | None):
             vision = TINY["vision_cfg"] | ({"image_size": image_size} if image_size else {})
             clip = open_clip.CLIP(**TINY | {"vision_cfg": vision})
             clip.visual.positional_embedding.data *= 0.3  # drawn at full size, it outweighs texture
-            nn.init.orthogonal_(clip.visual.proj)  # so the joint space keeps every cosine
+            nn.init.orthogonal_(clip.visual.proj)  # the joint space keeps cosines
             if weights != "none":
                 open_clip.load_checkpoint(clip, weights)
             return clip, open_clip.SimpleTokenizer(
@@ -496,6 +512,9 @@ def load_clip(name: str, weights: str, image_size: int | None):
         raise
     except Exception as e:  # a failed download, a broken file, a missing package: many kinds
         reason = textwrap.shorten(str(e), 300, placeholder=" ...")
+        if weights == "none":
+            raise UserError(f"--teacher {name}: cannot be built here ({reason}); use for instance "
+                            "ViT-B-32, ViT-B-16, ViT-L-14, ViT-L-14-336")
         raise UserError(f"--weights {weights}: cannot load it into {name} ({reason}); {remedy}")
     finally:
         logging.disable(logging.NOTSET)
@@ -544,10 +563,9 @@ class Teacher(nn.Module):
             self.clip, self.tokenizer = load_clip(cfg.teacher, cfg.weights, cfg.image_size)
         visual = self.clip.visual
         if (getattr(visual, "attn_pool", True) is not None or visual.pool_type != "tok"
+                or not isinstance(self.tokenizer, open_clip.SimpleTokenizer)
                 or not hasattr(getattr(self.clip, "text", self.clip), "token_embedding")):
-            raise UserError(f"--teacher {cfg.teacher}: not a plain ViT with a CLS token and a "
-                            "text tower of CLIP's kind (CNC reads patch tokens, CLS and prompts); "
-                            "use for instance ViT-B-32, ViT-B-16, ViT-L-14, ViT-L-14-336")
+            raise UserError(NO_PLAIN_VIT.format(cfg.teacher))
         (side, width), (patch, _) = visual.image_size, visual.patch_size
         if side != width or side % patch:
             raise UserError(f"--image-size {side}: {cfg.teacher} takes squares whose side is a "
@@ -630,8 +648,9 @@ class PromptLearner(nn.Module):
         normal    [V1] ... [V12] object.
         abnormal  [W1] ... [W12] damaged object.
 
-    .ctx (taps, 2, n_ctx, dim) holds the V and W, vectors in the place of word embeddings. Through
-    the frozen text tower they become forward() -> (taps, 2, D), unit vectors [t_n, t_a].
+    .ctx (taps, 2, n_ctx, dim) holds the V and W, vectors in the place of word embeddings, drawn
+    from N(0, 0.02) [port]. Through the frozen text tower they become forward() -> (taps, 2, D),
+    unit vectors [t_n, t_a].
     """
 
     SENTENCES = ("object.", "damaged object.")
@@ -683,7 +702,8 @@ class GatedMoE(nn.Module):
 
     def route(self, x):
         """(T, dim) -> weights (T, K), chosen experts (T, K), probabilities of all (T, experts)."""
-        logits = self.gate(x).float()
+        with torch.autocast(x.device.type, enabled=False):  # bf16 would change who is chosen
+            logits = self.gate(x.float())
         top, chosen = logits.topk(self.top_k, dim=-1)
         return top.softmax(-1), chosen, logits.softmax(-1)
 
@@ -691,11 +711,11 @@ class GatedMoE(nn.Module):
         tokens = x.flatten(0, 1)  # (B, N, dim) -> (B*N, dim)
         weights, chosen, probabilities = self.route(tokens)
         y = torch.zeros_like(tokens, dtype=torch.float32)
-        for i, one in enumerate(self.experts):  # an expert sees its own tokens only
-            token, slot = (chosen == i).nonzero(as_tuple=True)
-            y = y.index_add(0, token, weights[token, slot, None] * one(tokens[token]).float())
-        # (std / mean)^2 of the experts' shares: 0 when all are used alike. Without it the gate may
-        # settle on two experts that get all tokens and all gradients. [port]
+        for k, expert_k in enumerate(self.experts):  # an expert sees its own tokens only
+            token, slot = (chosen == k).nonzero(as_tuple=True)
+            y = y.index_add(0, token, weights[token, slot, None] * expert_k(tokens[token]).float())
+        # (std / mean)^2 of the experts' summed probabilities: 0 when all are equally probable.
+        # Without it the gate may settle on two experts that get all tokens and gradients. [port]
         share = probabilities.sum(0)
         return y.view(x.shape), share.var(correction=0) / share.mean() ** 2
 
@@ -704,8 +724,8 @@ class Student(nn.Module):
     """What CNC trains beside the prompts: fusion, experts, decoder.
 
     forward: the teacher's taps [(B, 1 + N, C), ...], float32 -> the same shapes, reproduced, and
-    the balance loss. The decoder runs from deep to shallow: its first block reproduces the last
-    tap. [port]
+    the balance loss. Fusion with dropout 0.1, and a decoder of one block a tap that runs from deep
+    to shallow: its first block reproduces the last tap. [port]
     """
 
     def __init__(self, taps: int, dim: int, experts: int, top_k: int):
@@ -736,10 +756,11 @@ def promote(v, t_normal, t_abnormal):
     """Feature-level normality promotion: v* = v + psi t_n, psi = (1 + tanh(<v,t_n> - <v,t_a>)) / 2.
 
     v: unit vectors (..., D); t_normal, t_abnormal: (D,). Returns (..., D), not normalised.
-    A normal patch gains the normal direction both encoded and decoded; an abnormal one gains it
-    only decoded, as the decoder knows nothing but normal patches: so the two move apart. That it
-    exists is [paper], psi is [port], the direction t_n is [ours]: psi v instead is parallel to v,
-    and no cosine would notice.
+    It is meant so: a normal patch gains the normal direction both encoded and decoded, an abnormal
+    one only decoded, as the decoder knows nothing but normal patches; so the two move apart. That
+    it exists is [paper], psi is [port], the direction t_n is [ours]: psi v instead is parallel to
+    v, and no cosine would notice. A doubt: without a temperature the tanh sees differences of a
+    few hundredths, psi stays near 1/2, and all patches gain nearly the same.
     """
     psi = (1 + torch.tanh(v @ t_normal - v @ t_abnormal)) / 2
     return v + psi[..., None] * t_normal
@@ -771,6 +792,12 @@ class CNC(nn.Module):
             decoded, balance = self.student(encoded)
         return encoded, [d.float() for d in decoded], balance
 
+    def train(self, mode: bool = True):
+        """Forget the text features: whoever changes weights or device ends with train() or eval().
+        """
+        self.text = None
+        return super().train(mode)
+
     def text_features(self, learning: bool):
         """[t_n, t_a] of each tap, (taps, 2, D): with gradient while the prompts learn; afterwards
         computed once, since neither they nor the text tower change any more."""
@@ -798,8 +825,8 @@ class CNC(nn.Module):
 
         tokens: lists of (B, 1 + N, C), text (taps, 2, D). [paper] target, [ours] form.
         At tau = 0.001 a difference of 0.01 in cosine is one of 10 in logit: the loss saturates
-        as soon as t_a is a little farther off than t_n, and is over. Hence float32, and no matmul,
-        which bf16 and TF32 would round to three digits.
+        as soon as t_a is a little farther off than t_n, and is over. Hence float32, and for the
+        last product no matmul, which bf16 and TF32 would round to three digits.
         """
         losses = []
         for f, t in zip(tokens, text):
@@ -828,8 +855,8 @@ class CNC(nn.Module):
     def describe(self, features):
         """Teacher features -> (pooled (B, 2 * taps * C), raw anomaly map (B, S, S) in 0..2).
 
-        M = mean over taps of 1 - cos(e*, d*) of each patch, up-sampled. align_corners=False: a
-        token's value belongs to the centre of its patch. Pooled, mean and standard deviation over
+        M = mean over taps of 1 - cos(e*, d*) of each patch, up-sampled. align_corners=False [ours]:
+        a token's value belongs to the centre of its patch. Pooled, mean and standard deviation over
         patches, is for CADA: frozen features of the whole image tell its class.
         """
         encoded, decoded, _ = self.decode(features)
@@ -849,7 +876,8 @@ class CNC(nn.Module):
                    for tokens in (encoded, decoded)]
         gate, moe = None, self.student.moe
         if isinstance(moe, GatedMoE):
-            x = self.student.fuse(torch.cat(encoded, dim=-1))[:, 1:]
+            with autocast(features[0].device):
+                x = self.student.fuse(torch.cat(encoded, dim=-1))[:, 1:]
             weights, chosen, probabilities = moe.route(x.flatten(0, 1))
             gate = torch.zeros_like(probabilities).scatter(1, chosen, weights)
             gate = gate.view(*x.shape[:2], -1)
@@ -1336,22 +1364,22 @@ def samples_to_explain(samples: list[Sample], good: int = 8) -> list[int]:
 def plot_experts(path: Path, samples: list[Sample], gate: torch.Tensor) -> None:
     """Which expert takes which patches. gate: (len(samples), patches, experts).
 
-    Left: the share of a class's patches that each expert has, good images only, by gate weight; the
-    last row is the experts' load. Right: the last sample of each class, and for each patch the
-    expert with the largest weight.
+    Left: the share of the patches of a class's good samples that each expert has, by gate weight;
+    the last row is the experts' load. Right: the last sample of each class, the defective one if
+    there is any, and for each patch the expert with the largest weight.
     """
     classes, side = sorted({s.cls for s in samples}), math.isqrt(gate.shape[1])
     good = np.array([s.label == 0 for s in samples])
     owner = np.array([s.cls for s in samples])
-    shares = [gate[good & (owner == c)].mean((0, 1)) for c in classes]
-    shares = torch.stack([*shares, gate[good].mean((0, 1))]).nan_to_num().numpy()
+    shares = [gate[good & (owner == c)].mean((0, 1)) for c in classes]  # NaN without good images
+    shares = torch.stack([*shares, gate[good].mean((0, 1))]).numpy()
     figure = Figure(figsize=(9.5, 0.85 * len(classes) + 1.2))
     left, right = figure.subfigures(1, 2, width_ratios=(4, 1), wspace=0)
     ax = left.subplots()
     ax.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for (row, column), share in np.ndenumerate(shares):
-        ax.text(column, row, f"{100 * share:.0f} %", ha="center", va="center",
-                color="white" if share > 0.6 else "black")
+        ax.text(column, row, "-" if math.isnan(share) else f"{100 * share:.0f} %", ha="center",
+                va="center", color="white" if share > 0.6 else "black")
     ax.set_xticks(range(gate.shape[2]), [f"expert {k + 1}" for k in range(gate.shape[2])])
     for k, tick in enumerate(ax.get_xticklabels()):
         tick.set_color(EXPERT_COLOURS[k % len(EXPERT_COLOURS)])
@@ -1414,17 +1442,16 @@ def configure(given: dict) -> tuple[Config, dict | None]:
     root, why = choose_data(given.get("data"))
     print(f"data: {root} ({why})", file=sys.stderr)
     defaults = DEMO if root.resolve() == (HERE / "data/demo").resolve() else {}
-    if (root / "split_csv").is_dir():
+    if (root / "split_csv/1cls.csv").is_file():
         defaults = VISA
-    return Config(**{**defaults, **given, "data": str(root)}), None
+    return Config(**{**defaults, **given, "data": str(root.resolve())}), None
 
 
 def build(cfg: Config, content: dict | None = None) -> tuple[CNC, torch.device]:
     """The detector on its device, with the weights of a checkpoint if one is given."""
     device = choose_device(cfg.device)
     torch.manual_seed(cfg.seed)
-    stored = content is not None and content["teacher"]["state"] is not None
-    detector = CNC(cfg if not stored else replace(cfg, weights="none"))
+    detector = CNC(cfg)
     if content is not None:
         check_teacher(detector.teacher, content)
         detector.student.load_state_dict(content["student"])
@@ -1463,6 +1490,9 @@ def say_what_runs(cfg, detector, device, train_set, test_set) -> None:
     print(f"teacher: {cfg.teacher}, blocks {', '.join(map(str, detector.teacher.taps))}, "
           f"{detector.preprocess.size} pixels, {detector.teacher.grid} x {detector.teacher.grid} "
           "patches", file=sys.stderr)
+    if detector.guided and cfg.theta >= cfg.epochs:
+        print(f"--theta {cfg.theta} is all of the {cfg.epochs} epochs: the decoder will not be "
+              "guided", file=sys.stderr)
     if cfg.cache == "off":
         print("cache: off, teacher features are computed anew at every step", file=sys.stderr)
     if detector.teacher.random:
@@ -1550,6 +1580,8 @@ def explain(cfg, detector, test_set, masks, device) -> list[str]:
     """Draw the figures of CNC's own parts, those that are switched on; return their names."""
     rows, out, figures = samples_to_explain(test_set), Path(cfg.out), []
     samples = [test_set[i] for i in rows]
+    for name in ("experts.png", "text.png"):  # of an earlier run with other flags
+        (out / name).unlink(missing_ok=True)
     batches = image_batches(Images(samples, detector.preprocess), cfg, device)
     parts = [[p if p is None else p.float().cpu() for p in detector.explain(detector.teacher(x))]
              for x in batches]

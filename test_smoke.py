@@ -1850,10 +1850,9 @@ def test_predict_on_a_folder_without_images(trained, tmp_path, fails):
     ("--lr 0", ["--lr"]),
     ("--iters 5", ["--iters"]),
     ("--image-size 70", ["--image-size 70", "multiple"]),
-    pytest.param("--image-size 0", ["--image-size 0"], marks=pytest.mark.xfail(
-        strict=True, reason="bug in cnc.py: trains at 128 pixels")),
-    pytest.param("--image-size -32", ["--image-size -32"], marks=pytest.mark.xfail(
-        strict=True, reason="bug in cnc.py: a traceback")),
+    ("--image-size 0", ["--image-size 0", "multiple"]),
+    ("--image-size -32", ["--image-size -32", "multiple"]),
+    ("--clip -1", ["--clip -1"]),
     ("--teacher vgg16", ["--teacher vgg16", "ViT-B-32", "tiny"]),
     ("--weights openai", ["--weights openai", "tiny", "FILE"]),
     ("--teacher ViT-B-32 --weights laion9b", ["--weights laion9b", "laion2b_s34b_b79k", "FILE"]),
