@@ -44,7 +44,10 @@ paper                                          here
     python cnc.py eval --checkpoint FILE               the same numbers again
     python cnc.py predict --checkpoint FILE PATH ...   score images, write heat maps
 
-@@MEASURED@@
+Measured on the demo set: tiny random CLIP, 2 CPU cores, seeds 0-2, class-mean I-AUROC / P-AUROC in
+%: 90.7 +- 1.3 / 93.6 +- 0.3; plain reverse distillation 91.2 +- 1.2 / 94.3 +- 0.4; pooled I-AUROC
+88.5 +- 1.9 against 86.3 +- 1.0. A random teacher's text means nothing: this proves the machinery,
+not the paper's gain. MVTec AD, VisA, trained CLIP weights and a GPU: not run here.
 """
 from __future__ import annotations
 
@@ -760,7 +763,7 @@ def promote(v, t_normal, t_abnormal):
     one only decoded, as the decoder knows nothing but normal patches; so the two move apart. That
     it exists is [paper], psi is [port], the direction t_n is [ours]: psi v instead is parallel to
     v, and no cosine would notice. A doubt: without a temperature the tanh sees differences of a
-    few hundredths, psi stays near 1/2, and all patches gain nearly the same.
+    tenth or less, psi stays near 1/2 (0.50 +- 0.04 on the demo), and all patches gain the same.
     """
     psi = (1 + torch.tanh(v @ t_normal - v @ t_abnormal)) / 2
     return v + psi[..., None] * t_normal
