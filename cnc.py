@@ -250,6 +250,8 @@ class Config:
     theta: int = option(5, "epochs in which the constraint teaches the prompts, not yet the "
                         "decoder [paper], meaning [ours]; the distillation runs from the start")
     tau: float = option(0.001, "temperature of the softmax over image-text cosines [paper]")
+    shared_prompts: bool = option(False, "one context for both sentences, starting as real words: "
+                                  "keeps the meaning of \"damaged\" [ours]")
     no_moe: bool = option(False, "one expert instead of the gated mixture")
     no_fnp: bool = option(False, "no feature-level normality promotion")
     no_constraint: bool = option(False, "do not guide the decoded features towards normal text "
@@ -575,7 +577,6 @@ class Teacher(nn.Module):
                             f"multiple of its patch, {patch}")
         self.taps = parse_taps(cfg.taps, len(visual.transformer.resblocks))
         self.grid, self.width = side // patch, visual.class_embedding.shape[0]
-        self.joint_width = visual.proj.shape[1]
         stored = getattr(visual, "preprocess_cfg", {})  # a tag's own; CLIP's for all others
         self.preprocess = Preprocess(
             side, tuple(stored.get("mean", open_clip.OPENAI_DATASET_MEAN)),
@@ -657,23 +658,32 @@ class PromptLearner(nn.Module):
     """
 
     SENTENCES = ("object.", "damaged object.")
+    WORDS = "a photo of a"
 
-    def __init__(self, teacher: Teacher, n_ctx: int = 12):
+    def __init__(self, teacher: Teacher, n_ctx: int = 12, shared: bool = False):
+        """shared: one context V = W of four tokens, .ctx (taps, 1, 4, dim), which starts as WORDS,
+        so that nothing but the word "damaged" tells t_a from t_n. A one-class loss lets two free
+        contexts drift to where the difference says nothing about defects. [ours]
+        """
         super().__init__()
-        clip = teacher.clip
+        clip, n_ctx = teacher.clip, 4 if shared else n_ctx
         blanks = "x " * n_ctx  # one token each; its embedding is replaced
         self.register_buffer("ids", teacher.tokenizer([blanks + s for s in self.SENTENCES]),
                              persistent=False)
         self.embedding = (getattr(clip, "text", clip).token_embedding,)  # a tuple hides the frozen
         self.encode_text = clip.encode_text  # tower from state_dict() and parameters()
-        dim = self.embedding[0].embedding_dim
-        self.ctx = nn.Parameter(0.02 * torch.randn(len(teacher.taps), 2, n_ctx, dim))
+        embed, taps = self.embedding[0], len(teacher.taps)
+        if shared:
+            words = embed(teacher.tokenizer([self.WORDS]))[0, 1:1 + n_ctx]
+            self.ctx = nn.Parameter(words.detach().repeat(taps, 1, 1, 1))
+        else:
+            self.ctx = nn.Parameter(0.02 * torch.randn(taps, 2, n_ctx, embed.embedding_dim))
 
     def forward(self):
-        taps, _, n_ctx, _ = self.ctx.shape
+        taps, n_ctx = self.ctx.shape[0], self.ctx.shape[2]
 
         def insert(module, args, words):  # (2 * taps, length, dim): start, blanks, sentence, end
-            ctx = self.ctx.flatten(0, 1).to(words.dtype)
+            ctx = self.ctx.expand(-1, 2, -1, -1).flatten(0, 1).to(words.dtype)
             return torch.cat([words[:, :1], ctx, words[:, 1 + n_ctx:]], dim=1)
 
         # A hook, so that encode_text is open_clip's own: mask, pooling and all.
@@ -782,7 +792,7 @@ class CNC(nn.Module):
         super().__init__()
         self.teacher = Teacher(cfg)
         self.preprocess = self.teacher.preprocess
-        self.prompts = PromptLearner(self.teacher)
+        self.prompts = PromptLearner(self.teacher, shared=cfg.shared_prompts)
         self.student = Student(len(self.teacher.taps), self.teacher.width,
                                0 if cfg.no_moe else cfg.experts, cfg.top_k)
         self.tau, self.fnp, self.guided = cfg.tau, not cfg.no_fnp, not cfg.no_constraint

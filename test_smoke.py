@@ -824,10 +824,20 @@ def test_cnc_prompts_equal_encode_text(name):
         torch.testing.assert_close(learner(), torch.stack(expected), rtol=0, atol=1e-5)
 
 
+def test_cnc_shared_prompts_start_as_words_and_differ_in_one(tiny_clip):
+    learner, clip = cnc.PromptLearner(tiny_clip, shared=True), tiny_clip.clip
+    said = tiny_clip.tokenizer([f"{learner.WORDS} {end}" for end in learner.SENTENCES])
+    expected = F.normalize(clip.encode_text(said), dim=-1).expand(3, -1, -1)
+    torch.testing.assert_close(learner(), expected, rtol=0, atol=1e-5)
+    learner().square()[:, 0, 0].sum().backward()  # learn from one sentence: the other moves, too
+    assert learner.ctx.shape == learner.ctx.grad.shape == (3, 1, 4, 128)
+    assert learner.ctx.grad.flatten(3).any(-1).all()
+
+
 def test_cnc_prompts_are_unit_vectors_and_only_their_contexts_learn(tiny_clip):
     learner = cnc.PromptLearner(tiny_clip)
     text = learner()
-    assert text.shape == (3, 2, tiny_clip.joint_width) and text.dtype == torch.float32
+    assert text.shape == (3, 2, tiny_clip.clip.visual.proj.shape[1]) and text.dtype == torch.float32
     torch.testing.assert_close(text.norm(dim=-1), torch.ones(3, 2))
     (text * torch.randn_like(text)).sum().backward()
     assert list(learner.state_dict()) == [name for name, _ in learner.named_parameters()] == ["ctx"]
@@ -1512,11 +1522,11 @@ def test_cnc_plain_reverse_distillation_from_train_to_eval(data, tmp_path):
     assert rows_of(tmp_path / "again") == rows_of(tmp_path / "out")
 
 
-def test_cnc_other_taps_and_experts_from_train_to_eval(data, tmp_path):
-    flags = [*CNC_FLAGS, "--taps", "1,3", "--experts", 9, "--top-k", 3]
+def test_cnc_other_taps_experts_and_prompts_from_train_to_eval(data, tmp_path):
+    flags = [*CNC_FLAGS, "--taps", "1,3", "--experts", 9, "--top-k", 3, "--shared-prompts"]
     assert run("--data", data, "--out", tmp_path / "out", *flags, script=cnc) == 0
     content = torch.load(tmp_path / "out/checkpoint.pt", weights_only=True)
-    assert content["prompts"]["ctx"].shape == (2, 2, 12, 128)
+    assert content["prompts"]["ctx"].shape == (2, 1, 4, 128)
     assert run("eval", "--checkpoint", tmp_path / "out/checkpoint.pt", "--out", tmp_path / "again",
                script=cnc) == 0
     assert rows_of(tmp_path / "again") == rows_of(tmp_path / "out")
