@@ -58,7 +58,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 
@@ -1210,7 +1210,7 @@ def configure(given: dict) -> tuple[Config, dict | None]:
     root, why = choose_data(given.get("data"))
     print(f"data: {root} ({why})", file=sys.stderr)
     defaults = DEMO if root.resolve() == (HERE / "data/demo").resolve() else {}
-    cfg = Config(**{**defaults, **given, "data": str(root)})
+    cfg = Config(**{**defaults, **given, "data": str(root.resolve())})
     return cfg, None
 
 
@@ -1218,8 +1218,7 @@ def build(cfg: Config, content: dict | None = None) -> tuple[RevDist, torch.devi
     """The detector on its device, with the weights of a checkpoint if one is given."""
     device = choose_device(cfg.device)
     torch.manual_seed(cfg.seed)
-    stored = content is not None and content["teacher"]["state"] is not None
-    detector = RevDist(cfg if not stored else replace(cfg, weights="none"))
+    detector = RevDist(cfg)
     if content is not None:
         check_teacher(detector.teacher, content)
         detector.student.load_state_dict(content["student"])
