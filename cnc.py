@@ -772,8 +772,8 @@ def promote(v, t_normal, t_abnormal):
     It is meant so: a normal patch gains the normal direction both encoded and decoded, an abnormal
     one only decoded, as the decoder knows nothing but normal patches; so the two move apart. That
     it exists is [paper], psi is [port], the direction t_n is [ours]: psi v instead is parallel to
-    v, and no cosine would notice. A doubt: without a temperature the tanh sees differences of a
-    tenth or less, psi stays near 1/2 (0.50 +- 0.05 on the demo), and all patches gain the same.
+    v, and no cosine would notice. A doubt: without a temperature the tanh sees differences of
+    mostly a tenth, so psi stays near 1/2 (0.50 +- 0.05 on the demo) and all patches gain alike.
     """
     psi = (1 + torch.tanh(v @ t_normal - v @ t_abnormal)) / 2
     return v + psi[..., None] * t_normal
