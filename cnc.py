@@ -45,9 +45,10 @@ paper                                          here
     python cnc.py predict --checkpoint FILE PATH ...   score images, write heat maps
 
 Measured on the demo set: tiny random CLIP, about 2 minutes a run on 2 CPU cores, seeds 0-2, in %,
-class-mean I-AUROC / P-AUROC: 90.7 +- 1.3 / 93.6 +- 0.3; plain reverse distillation 91.2 +- 1.2 / 94.3 +- 0.4; pooled I-AUROC
-88.5 +- 1.9 against 86.3 +- 1.0. A random teacher's text means nothing: this proves the machinery,
-not the paper's gain. MVTec AD, VisA, trained CLIP weights and a GPU: not run here.
+class-mean I-AUROC / P-AUROC: 90.7 +- 1.3 / 93.6 +- 0.3, plain reverse distillation 91.2 +- 1.2 /
+94.3 +- 0.4; pooled I-AUROC 88.5 +- 1.9 against 86.3 +- 1.0. A random teacher's text means nothing:
+this proves the machinery, not the paper's gain. MVTec AD, VisA, trained CLIP weights and a GPU: not
+run here. ELPV and all that was tried: README.md.
 """
 from __future__ import annotations
 
