@@ -1206,8 +1206,11 @@ def check_teacher(teacher, content: dict) -> None:
 # ==== shared: report
 def versions() -> dict[str, str]:
     """What the numbers were made with."""
-    names = ("torch", "torchvision", "open_clip_torch", "numpy", "scikit-learn")
-    return {"python": platform.python_version()} | {n: metadata.version(n) for n in names}
+    found = {"python": platform.python_version()}
+    for name in ("torch", "torchvision", "open_clip_torch", "numpy", "scikit-learn"):
+        with suppress(metadata.PackageNotFoundError):  # cada.py works without open_clip
+            found[name] = metadata.version(name)
+    return found
 
 
 def without_nan(value):
