@@ -56,14 +56,18 @@ import shutil
 import sys
 import tempfile
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import (ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout,
+                        suppress)
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
@@ -132,7 +136,96 @@ def one_line(error: BaseException) -> str:
             "bus error")):
         return ("out of memory; lower --batch-size or --image-size, use --cache disk, or "
                 "--workers 0 if it is the shared memory of a container")
+    if isinstance(error, dist.DistError) or "/gloo/" in text:
+        return "lost the connection to another process; torchrun tells below which one ended"
     raise error
+# ==== end shared
+
+
+# ==== shared: processes
+def process() -> tuple[int, int]:
+    """(rank, count): which of how many processes this is under torchrun; else (0, 1)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+@contextmanager
+def joined_processes():
+    """Under torchrun, join the other processes; elsewhere do nothing.
+
+    Only rank 0 speaks, but whichever fails first says why; the others end in silence, with the
+    same exit code. Tensors on a CPU travel by gloo, those on a GPU by NCCL.
+    """
+    if not dist.is_torchelastic_launched():
+        yield
+        return
+    store, rank, count = next(dist.rendezvous("env://"))
+    nccl = torch.cuda.is_available() and dist.is_nccl_available()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", store=store, rank=rank,
+                            world_size=count, timeout=timedelta(hours=6))
+    try:
+        with open(os.devnull, "w") as silence, ExitStack() as stack:
+            if rank:
+                stack.enter_context(redirect_stdout(silence))
+                stack.enter_context(redirect_stderr(silence))
+            yield
+    except (Exception, KeyboardInterrupt):
+        if store.add("failed", 1) > 1:
+            raise SystemExit(2)
+        raise
+    dist.all_reduce(torch.zeros(1))  # nobody leaves while rank 0 still waits for what it was sent
+    dist.destroy_process_group()
+
+
+def share(samples: list) -> list:
+    """Every count-th of the samples, those of this process. Raises UserError if there are none."""
+    rank, count = process()
+    if len(samples) < count:
+        raise UserError(f"{len(samples)} images for {count} processes; lower --nproc-per-node")
+    return samples[rank::count]
+
+
+def gather(part: torch.Tensor, n: int) -> torch.Tensor | None:
+    """Put the rows of all n shares, on the CPU, into their old order on rank 0; None elsewhere."""
+    rank, count = process()
+    if count == 1:
+        return part
+    if rank:
+        dist.send(part.contiguous(), 0)
+        return None
+    whole = part.new_empty(n, *part.shape[1:])
+    whole[::count] = part
+    for r in range(1, count):
+        rows = part.new_empty(whole[r::count].shape)
+        dist.recv(rows, r)
+        whole[r::count] = rows
+    return whole
+
+
+class Sum(torch.autograd.Function):
+    """The sum of a tensor over all processes; what goes forward is summed backward, too."""
+
+    @staticmethod
+    def forward(ctx, x):
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return Sum.apply(gradient)
+
+
+def sum_over_processes(x: torch.Tensor) -> torch.Tensor:
+    """The same sum in every process, with gradient."""
+    return Sum.apply(x) if dist.is_initialized() else x
+
+
+def data_parallel(detector: nn.Module) -> nn.Module:
+    """The detector, as a function that gives the loss. Under torchrun DistributedDataParallel
+    averages the gradients over the processes, whose batches are equally large."""
+    if not dist.is_initialized():
+        return detector
+    return nn.parallel.DistributedDataParallel(detector)
 # ==== end shared
 
 
@@ -149,13 +242,15 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def parse_args(argv, config: type, description: str) -> tuple[str, list[str], dict]:
-    """Read `[train|eval|predict] [PATH ...] [--flag value ...]`.
+def parse_args(argv, config: type, description: str, *parents) -> tuple[str, list[str], dict]:
+    """Read `[train|eval|predict] [PATH ...] [--flag value ...]`: the fields of `config`, and what
+    parsers in `parents` know.
 
     Returns (command, paths, given): `given` holds only the flags that stand on the command line,
     so that a default can depend on the data set, and a checkpoint can say what must not change.
     """
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description, parents=parents,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", metavar="train|eval|predict [PATH ...]",
                         help="what to do (default: train); predict takes images or folders")
     for f in fields(config):
@@ -177,6 +272,8 @@ def parse_args(argv, config: type, description: str) -> tuple[str, list[str], di
         raise UserError(f"{command} takes no PATH ({words[0]!r}); name the data set with --data")
     if command == "predict" and not words:
         raise UserError("predict needs at least one image or folder")
+    if command == "predict" and process()[1] > 1:
+        raise UserError("predict runs in one process: start it without torchrun")
     return command, words, given
 
 
@@ -192,18 +289,26 @@ def choose_data(given: str | None) -> tuple[Path, str]:
 
 
 def choose_device(name: str) -> torch.device:
-    """Turn --device into a torch device. Raises UserError if this machine does not have it."""
-    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-            "cpu": True}
+    """Turn --device into a torch device, under torchrun each process into its own.
+
+    Raises UserError if this machine does not have it.
+    """
+    count, local = process()[1], int(os.environ.get("LOCAL_RANK", 0))
+    have = {"cuda": torch.cuda.is_available(),
+            "mps": torch.backends.mps.is_available() and count == 1, "cpu": True}
     if name == "auto":
         name = next(d for d in have if have[d])
     if not have[name]:
         raise UserError(f"--device {name}: this machine has none that PyTorch can use; "
                         "use --device auto or --device cpu")
     if name == "cuda":
+        if local >= torch.cuda.device_count():
+            raise UserError(f"--nproc-per-node: process {local + 1} finds only "
+                            f"{torch.cuda.device_count()} GPUs; start one process a GPU")
+        torch.cuda.set_device(local)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
         torch.backends.cudnn.deterministic = True  # one seed, one result
-    return torch.device(name)
+    return torch.device(name, local) if name == "cuda" else torch.device(name)
 
 
 def autocast(device: torch.device):
@@ -241,7 +346,7 @@ class Config:
                         "anew; auto: ram if half of the free memory holds them [ours]",
                         ("auto", "ram", "disk", "off"))
     checkpoint: str = option(None, "checkpoint to read (eval, predict, --resume); default: "
-                             "checkpoint.pt in --out")
+                             "checkpoint.pt in --out; for train: a trained detector to start from")
     resume: bool = option(False, "go on from the checkpoint of an interrupted training")
     workers: int = option(4, "processes that read images, at most one a CPU core")
 
@@ -268,6 +373,7 @@ class Config:
 DEMO = {"teacher": "resnet18", "weights": "none", "image_size": 128, "iters": 200, "workers": 0}
 # Flags that may differ between a checkpoint and the command that reads it.
 MAY_DIFFER = ("out", "device", "cache", "checkpoint", "resume", "workers")
+NAME = "revdist"  # of the detector, in checkpoints
 
 
 # ==== shared: data
@@ -493,7 +599,7 @@ class Teacher(nn.Module):
         return [f.half() for f in (f1, f2, f3)]
 
     @torch.no_grad()
-    def estimate_batchnorm(self, batches) -> None:
+    def estimate_statistics(self, batches) -> None:
         """Give a random teacher the BatchNorm statistics of the training images. [ours]
 
         Fresh statistics (mean 0, variance 1) let the activations of a random ResNet drift from
@@ -598,6 +704,36 @@ class Student(nn.Module):
         return [self.decode1(d2), d2, d3]
 
 
+class CPUSyncBatchNorm(nn.BatchNorm2d):
+    """BatchNorm2d whose batch is that of all processes. nn.SyncBatchNorm, PyTorch's own, has no
+    CPU kernels."""
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        count = process()[1]
+        mean = sum_over_processes(x.mean((0, 2, 3))) / count
+        centred = x - mean[:, None, None]
+        variance = sum_over_processes(centred.square().mean((0, 2, 3))) / count
+        n = count * x.numel() / len(mean)
+        with torch.no_grad():  # like BatchNorm2d, which keeps the unbiased variance
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * n / (n - 1), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return centred * scale[:, None, None] + self.bias[:, None, None]
+
+
+def synchronise_batchnorm(student: nn.Module, device: torch.device) -> None:
+    """Let N processes have the BatchNorm statistics that one would have with the whole batch."""
+    if device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(student)
+        return
+    for m in student.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.__class__ = CPUSyncBatchNorm  # the same parameters and buffers, another forward
+
+
 class RevDist(nn.Module):
     """Reverse distillation, the detector under CADA: its name is [paper], its shapes are RD's.
 
@@ -605,7 +741,8 @@ class RevDist(nn.Module):
     fails, the image is anomalous: A(h,w) = mean over layers of 1 - <e,d> / (|e||d|). [author]
 
     This is all that the rest of the file knows of a detector: `teacher` gives frozen features of
-    images, `loss` trains on them, `describe` turns them into pooled features and a raw anomaly map.
+    images, calling it gives the loss on them, and `describe` turns them into pooled features and a
+    raw anomaly map.
     """
 
     def __init__(self, cfg: "Config"):
@@ -623,9 +760,9 @@ class RevDist(nn.Module):
             decoded = self.student(encoded)
         return encoded, [d.float() for d in decoded]
 
-    def loss(self, features):
-        """Sum over layers of 1 - cosine: each layer one long vector of C*H*W [author], or by
-        position and averaged (--loss position) [ours]. Returns a scalar in 0..6."""
+    def forward(self, features):
+        """The loss: sum over layers of 1 - cosine, each layer one long vector of C*H*W [author], or
+        by position and averaged (--loss position) [ours]. Returns a scalar in 0..6."""
         start = 1 if self.flat else 2  # flatten (B, C, H, W) from C on, or (B, C, H*W) from H on
         return sum((1 - F.cosine_similarity(e.flatten(start), d.flatten(start), dim=1)).mean()
                    for e, d in zip(*self.decode(features)))
@@ -762,13 +899,16 @@ def image_score(maps: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def describe_all(detector, batches):
-    """Run the detector over teacher features: pooled (N, C) and raw maps (N, S, S), on the CPU."""
+def describe_all(detector, batches, n: int):
+    """Run the detector over the teacher features of this process's share of n images.
+
+    Returns pooled features (n, C) and raw maps (n, S, S), on the CPU; None on ranks above 0.
+    """
     detector.eval()  # BatchNorm by its running statistics: a score must not depend on its batch
     pooled, maps = map(torch.cat, zip(*([t.cpu() for t in detector.describe(f)] for f in batches)))
     if not maps.isfinite().all():
         raise UserError("the anomaly maps are not finite: the training diverged; lower --lr")
-    return pooled, maps
+    return gather(pooled, n), gather(maps, n)
 
 
 def quantile(scores: torch.Tensor, q: float) -> float:
@@ -859,8 +999,8 @@ def summarise(scores, labels, classes, maps=None, masks=None, device=torch.devic
 
 # ==== shared: feature cache
 def free_memory() -> int | None:
-    """Bytes of memory that can be had without swapping, or None where the system does not tell
-    (Windows, macOS). A container's own limit counts."""
+    """Bytes of memory that each process can have without swapping, or None where the system does
+    not tell (Windows, macOS). A container's own limit counts."""
     try:
         with open("/proc/meminfo") as file:
             free = next(int(line.split()[1]) * 1024 for line in file if "MemAvailable" in line)
@@ -870,7 +1010,7 @@ def free_memory() -> int | None:
         limit, used = (int(Path("/sys/fs/cgroup", name).read_text())
                        for name in ("memory.max", "memory.current"))
         free = min(free, limit - used)
-    return free
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 class FeatureCache:
@@ -943,7 +1083,8 @@ def feature_batches(source, batches, teacher, device, workers: int):
 def image_loader(images: Images, device: torch.device, workers: int, **batching):
     """Batches of images (B, 3, S, S) on the device. Its generator is its own, so that loading draws
     nothing from the one that training uses, and a resumed run draws the same."""
-    loader = DataLoader(images, num_workers=min(workers, os.cpu_count() or 1),
+    workers = min(workers, (os.cpu_count() or 1) // process()[1])
+    loader = DataLoader(images, num_workers=workers,
                         pin_memory=device.type == "cuda", generator=torch.Generator(), **batching)
     for x in loader:
         yield to_device(x, device)
@@ -965,10 +1106,10 @@ def in_order(n: int, batch_size: int) -> list[list[int]]:
     return [list(range(i, min(i + batch_size, n))) for i in range(0, n, batch_size)]
 
 
-def shuffled(n: int, batch_size: int, steps: int, seed: int) -> list[list[int]]:
-    """The batches of a whole training run, epoch after epoch, decided by the seed alone: so a
+def shuffled(n: int, batch_size: int, steps: int, seed: int, rank: int = 0) -> list[list[int]]:
+    """The batches of a whole training run, epoch after epoch, decided by seed and rank alone: so a
     resumed run goes on with exactly the batches that it would have had."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed + 1_000_000 * rank)
     epochs = math.ceil(steps * batch_size / n)
     order = torch.cat([torch.randperm(n, generator=generator) for _ in range(epochs)])
     return order[:steps * batch_size].view(steps, batch_size).tolist()
@@ -983,15 +1124,15 @@ def checkpoint_path(given: dict) -> Path:
 
 def random_states() -> dict:
     """The states of PyTorch's random generators: dropout, where there is any, draws from them."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
 def set_random_states(states: dict) -> None:
-    """Undo what ran since random_states(); the GPUs' states only where there are as many GPUs."""
+    """Undo what ran since random_states(); a GPU's state only where there is a GPU."""
     torch.set_rng_state(states["cpu"])
-    if states["cuda"] and torch.cuda.device_count() == len(states["cuda"]):
-        torch.cuda.set_rng_state_all(states["cuda"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
@@ -1000,22 +1141,25 @@ def save_checkpoint(path: Path, content: dict) -> None:
         torch.save(content, partial)
 
 
-def load_checkpoint(path: Path, script: str) -> dict:
-    """Read what save_checkpoint() wrote. Raises UserError if it is not a checkpoint of `script`."""
+def load_checkpoint(path: Path, detector: str) -> dict:
+    """Read what save_checkpoint() wrote. Raises UserError if it holds no such detector."""
     if not path.is_file():
         raise UserError(f"--checkpoint {path}: no such file; train first, or name another")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch.load raises many kinds for a file that it cannot read
         raise UserError(f"--checkpoint {path} is not a checkpoint ({type(e).__name__}); "
-                        f"name one that {script}.py wrote")
-    if not isinstance(content, dict) or content.get("script") != script:
-        raise UserError(f"--checkpoint {path} was not written by {script}.py; name one that was")
+                        "name one that cada.py or cnc.py wrote")
+    found = content.get("detector") if isinstance(content, dict) else None
+    if found != detector:
+        raise UserError(f"--checkpoint {path}: its detector is {found}, not {detector}; name "
+                        "another file (cada.py: or another --base)")
     return content
 
 
 def stored_config(content: dict, given: dict, free: tuple, path: Path) -> dict:
-    """The checkpoint's settings with the flags in `free` taken from the command line.
+    """The checkpoint's settings with the flags in `free` taken from the command line; --out is by
+    default the checkpoint's folder.
 
     Raises UserError for any other flag: the numbers would no longer be those of the checkpoint.
     --weights may name the same weights in another place, unless the checkpoint holds the teacher.
@@ -1025,7 +1169,8 @@ def stored_config(content: dict, given: dict, free: tuple, path: Path) -> dict:
         if name not in free and value != content["config"].get(name):
             raise UserError(f"--{name.replace('_', '-')} {value}: {path} was trained with "
                             f"{content['config'].get(name)}; drop the flag or train anew")
-    return content["config"] | {k: v for k, v in given.items() if k in free}
+    return (content["config"] | {"out": str(path.parent)}
+            | {k: v for k, v in given.items() if k in free})
 
 
 def check_teacher(teacher, content: dict) -> None:
@@ -1201,20 +1346,43 @@ def plot_distributions(path: Path, panels: dict[str, tuple], labels, classes) ->
 # ==== end shared
 
 
+# ==== shared: training a detector
+def fit_detector(cfg, detector, samples: list[Sample], device, content: dict | None):
+    """Train on normal images, from where `content` (a checkpoint's) stopped; then describe them.
+
+    Returns the checkpoint's new content, pooled features (N, C) and raw maps (N, S, S) of all
+    samples; under torchrun the latter two on rank 0, None elsewhere. Each process caches, trains on
+    and describes its own share of the images. Raises UserError as train_detector() does.
+    """
+    count = process()[1]
+    if cfg.batch_size % count:
+        raise UserError(f"--batch-size {cfg.batch_size}: must be a multiple of the {count} "
+                        "processes, which share each batch")
+    if detector.teacher.random and content is None:  # the same in every process
+        everything = Images(samples, detector.preprocess)
+        detector.teacher.estimate_statistics(image_batches(everything, cfg, device))
+    images = Images(share(samples), detector.preprocess)
+    source = images if cfg.cache == "off" else FeatureCache(
+        detector.teacher, len(images), image_batches(images, cfg, device), cfg.cache,
+        Path(cfg.out))
+    content = train_detector(cfg, detector, source, len(samples), device, content)
+    order = in_order(len(images), cfg.batch_size)
+    batches = feature_batches(source, order, detector.teacher, device, cfg.workers)
+    return content, *describe_all(detector, progress(batches, "anomaly maps", total=len(order)),
+                                  len(samples))
+# ==== end shared
+
+
 # ---- train, evaluate, predict --------------------------------------------------------------------
-def configure(given: dict) -> tuple[Config, dict | None]:
-    """Settings for a fresh training, or those of the checkpoint that --resume goes on from."""
-    if given.get("resume"):
-        path = checkpoint_path(given)
-        content = load_checkpoint(path, "cada")
+def configure(given: dict, path: Path | None = None) -> tuple[Config, dict | None]:
+    """Settings for a fresh training, or those of the checkpoint at `path`, to go on from it."""
+    if path:
+        content = load_checkpoint(path, NAME)
         return Config(**stored_config(content, given, MAY_DIFFER, path)), content
-    if "checkpoint" in given:
-        raise UserError("--checkpoint is read by eval, predict and --resume; train writes to --out")
     root, why = choose_data(given.get("data"))
     print(f"data: {root} ({why})", file=sys.stderr)
     defaults = DEMO if root.resolve() == (HERE / "data/demo").resolve() else {}
-    cfg = Config(**{**defaults, **given, "data": str(root.resolve())})
-    return cfg, None
+    return Config(**{**defaults, **given, "data": str(root.resolve())}), None
 
 
 def build(cfg: Config, content: dict | None = None) -> tuple[RevDist, torch.device]:
@@ -1228,31 +1396,29 @@ def build(cfg: Config, content: dict | None = None) -> tuple[RevDist, torch.devi
     return detector.to(device, memory_format=torch.channels_last), device
 
 
-def train(given: dict) -> None:
-    """Train the detector, then fit CADA on the normal training images, then evaluate once."""
+def train(base, given: dict) -> None:
+    """Train the detector of module `base`, or take a trained one (--checkpoint); fit CADA on the
+    normal training images; evaluate once."""
     started = time.time()
-    cfg, content = configure(given)
+    path = checkpoint_path(given) if given.keys() & {"checkpoint", "resume"} else None
+    if "resume" not in given:
+        given = {"out": Config.out} | given  # never into the folder of the detector's checkpoint
+    cfg, content = base.configure(given, path)
     train_set, test_set = read_dataset(Path(cfg.data))
-    detector, device = build(cfg, content)
-    out, images = make_folder(Path(cfg.out)), Images(train_set, detector.preprocess)
-    say_what_runs(cfg, detector, device, train_set, test_set)
-    if detector.teacher.random and content is None:
-        detector.teacher.estimate_batchnorm(image_batches(images, cfg, device))
-    source = images if cfg.cache == "off" else FeatureCache(
-        detector.teacher, len(images), image_batches(images, cfg, device), cfg.cache, out)
-    content = train_detector(cfg, detector, source, device, content)
-    order = in_order(len(images), cfg.batch_size)
-    features, maps = describe_all(detector, progress(
-        feature_batches(source, order, detector.teacher, device, cfg.workers), "anomaly maps",
-        total=len(order)))
-    cada = CADA(features.shape[1]).fit(features, maps, seed=cfg.seed)
-    (u, gamma), scores = cada.predict(features), image_score(smooth(maps))
-    content |= {"cada": cada.state_dict(),  # a score is linear in its map: align it directly
-                "threshold": quantile((scores - u) / (gamma - u), cfg.quantile),
-                "raw_threshold": quantile(scores, cfg.quantile),
-                "oracle": class_statistics(maps, [s.cls for s in train_set])}
-    save_checkpoint(out / "checkpoint.pt", content)
-    del source, maps  # gigabytes, on a real set
+    detector, device = base.build(cfg, content)
+    out = make_folder(Path(cfg.out))
+    base.say_what_runs(cfg, detector, device, train_set, test_set)
+    content, features, maps = base.fit_detector(cfg, detector, train_set, device, content)
+    cada = None
+    if maps is not None:  # under torchrun: rank 0 alone
+        cada = CADA(features.shape[1]).fit(features, maps, seed=cfg.seed)
+        (u, gamma), scores = cada.predict(features), image_score(smooth(maps))
+        aligned = (scores - u) / (gamma - u)  # a score is linear in its map: align it directly
+        content |= {"threshold": quantile(scores, cfg.quantile), "cada": {
+            "state": cada.state_dict(), "threshold": quantile(aligned, cfg.quantile),
+            "oracle": class_statistics(maps, [s.cls for s in train_set])}}
+        save_checkpoint(out / "checkpoint.pt", content)
+    del maps  # gigabytes, on a real set
     evaluate(cfg, detector, cada, content, test_set, device, started)
 
 
@@ -1268,14 +1434,17 @@ def say_what_runs(cfg, detector, device, train_set, test_set) -> None:
               "method works, its numbers are not the paper's", file=sys.stderr)
 
 
-def train_detector(cfg, detector, source, device, content) -> dict:
+def train_detector(cfg, detector, source, n: int, device, content) -> dict:
     """The training loop. Returns the content of a checkpoint. Raises UserError on a NaN loss.
 
+    source: what this process trains on, of n images in all (not needed here: --iters counts steps).
     Only the student learns: the teacher's features were computed without gradients, and its
     BatchNorm stays in eval mode. The student's BatchNorm learns its statistics here. There is no
     validation and no best epoch, which could only be chosen on test images: the last step counts.
     """
-    student = detector.student
+    student, (rank, count) = detector.student, process()
+    if count > 1:
+        synchronise_batchnorm(student, device)
     # Optimiser and schedule: [author], written for a sibling model.
     optimizer = torch.optim.AdamW(student.parameters(), cfg.lr, weight_decay=1e-5, amsgrad=True)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [int(0.8 * cfg.iters)], gamma=0.2)
@@ -1286,32 +1455,33 @@ def train_detector(cfg, detector, source, device, content) -> dict:
         set_random_states(content["random"])
         step = content["step"]
     detector.train()
-    batches = shuffled(len(source), cfg.batch_size, cfg.iters, cfg.seed)[step:]
+    engine = data_parallel(detector)
+    batches = shuffled(len(source), cfg.batch_size // count, cfg.iters, cfg.seed, rank)[step:]
     bar = progress(feature_batches(source, batches, detector.teacher, device, cfg.workers),
                    "training", total=cfg.iters, initial=step)
     save_every = max(1, cfg.iters // 10)
 
     def state():
         teacher = detector.teacher
-        return {"script": "cada", "config": asdict(cfg), "step": step,
+        return {"detector": NAME, "config": asdict(cfg), "step": step,
                 "student": student.state_dict(), "optimizer": optimizer.state_dict(),
                 "schedule": schedule.state_dict(), "random": random_states(),
                 "teacher": {"identity": teacher.identity(),
                             "state": teacher.state_dict() if teacher.random else None}}
 
     for features in bar:
-        loss = detector.loss(features)
+        loss = engine(features)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         schedule.step()
         step += 1
         if step % save_every == 0 or step % 20 == 0 or step == cfg.iters:
-            value = loss.item()  # this waits for the GPU, so only now and then
+            value = sum_over_processes(loss.detach()).item() / count  # waits for the GPU: seldom
             if not math.isfinite(value):
                 raise UserError(f"the loss is {value} at step {step}; lower --lr {cfg.lr}")
             bar.set_postfix(loss=f"{value:.4f}")
-        if step % save_every == 0 and step < cfg.iters:
+        if step % save_every == 0 and step < cfg.iters and rank == 0:
             save_checkpoint(Path(cfg.out) / "checkpoint.pt", state())
     return state()
 
@@ -1325,21 +1495,25 @@ def class_statistics(maps: torch.Tensor, classes: list[str]) -> dict[str, list[f
 def evaluate(cfg, detector, cada, content, test_set, device, started) -> None:
     """Score the test set raw, aligned by CADA and by the label oracle; write and print it all."""
     out, labels = Path(cfg.out), np.array([s.label for s in test_set])
-    classes, masks = np.array([s.cls for s in test_set]), load_masks(test_set, cfg.image_size)
-    images = Images(test_set, detector.preprocess)
+    classes, masks = np.array([s.cls for s in test_set]), load_masks(
+        test_set, detector.preprocess.size)
+    images = Images(share(test_set), detector.preprocess)
     encoded = (detector.teacher(x) for x in image_batches(images, cfg, device))
-    features, maps = describe_all(detector, encoded)
+    features, maps = describe_all(detector, encoded, len(test_set))
+    if maps is None:
+        return  # rank 0 has them all, and does the rest
     maps = smooth(maps)  # once for all three: aligning commutes with blurring
     u, gamma = cada.predict(features)
     statistics = {"raw": (torch.zeros_like(u), torch.ones_like(u)), "cada": (u, gamma)}
-    unknown = set(classes) - set(content["oracle"])
+    oracle = content["cada"]["oracle"]
+    unknown = set(classes) - set(oracle)
     if not unknown:
-        statistics["oracle"] = torch.tensor([content["oracle"][c] for c in classes]).T  # (2, N)
+        statistics["oracle"] = torch.tensor([oracle[c] for c in classes]).T  # (2, N)
     aligned = {name: normalise(maps, *s) for name, s in statistics.items()}
     scores = {name: image_score(m).numpy() for name, m in aligned.items()}
     results = {name: summarise(scores[name], labels, classes, aligned[name], masks, device)
                for name in statistics}
-    threshold, raw_threshold = content["threshold"], content["raw_threshold"]
+    threshold, raw_threshold = content["cada"]["threshold"], content["threshold"]
     anomalous = scores["cada"] > threshold
     write_scores(out / "scores.csv", test_set,
                  scores | {"u": u.numpy(), "gamma": gamma.numpy(), "anomalous": anomalous})
@@ -1349,7 +1523,8 @@ def evaluate(cfg, detector, cada, content, test_set, device, started) -> None:
         "raw scores": (scores["raw"], raw_threshold),
         "aligned by CADA": (scores["cada"], threshold)}, labels, classes)
     write_json(out / "metrics.json", {
-        "script": "cada", "config": asdict(cfg), "versions": versions(),
+        "script": "cada", "detector": content["detector"], "config": asdict(cfg),
+        "versions": versions(),
         "seconds": round(time.time() - started, 1), "threshold": threshold, "results": results})
     print(table(results))
     if masks is None:
@@ -1360,13 +1535,13 @@ def evaluate(cfg, detector, cada, content, test_set, device, started) -> None:
     print(threshold_line(threshold, cfg.quantile, anomalous, labels))
 
 
-def predict(given: dict, paths: list[str]) -> None:
+def predict(base, given: dict, paths: list[str]) -> None:
     """Print one JSON line an image and write an overlay of its own size; no data set is needed."""
-    cfg, detector, cada, content, device = load_trained(given)
-    files, threshold = find_images(paths), content["threshold"]
+    cfg, detector, cada, content, device = load_trained(base, given)
+    files, threshold = find_images(paths), content["cada"]["threshold"]
     batches = image_batches(Images(files, detector.preprocess), cfg, device)
     for i, x in enumerate(batches):
-        features, maps = describe_all(detector, [detector.teacher(x)])
+        features, maps = describe_all(detector, [detector.teacher(x)], len(x))
         statistics = cada.predict(features)
         maps = normalise(smooth(maps), *statistics)
         for sample, score, amap, u, gamma in zip(files[i * cfg.batch_size:],
@@ -1379,35 +1554,59 @@ def predict(given: dict, paths: list[str]) -> None:
                               "overlay": str(target)}))
 
 
-def load_trained(given: dict):
+def load_trained(base, given: dict):
     """Settings, detector, CADA, checkpoint and device for eval and predict."""
     path = checkpoint_path(given)
-    content = load_checkpoint(path, "cada")
+    content = load_checkpoint(path, base.NAME)
     if "cada" not in content:
-        raise UserError(f"--checkpoint {path}: its training stopped at step {content['step']} of "
-                        f"{content['config']['iters']}; finish it with --resume")
-    cfg = Config(**stored_config(content, given, MAY_DIFFER + ("data", "batch_size"), path))
-    detector, device = build(cfg, content)
+        raise UserError(f"--checkpoint {path}: a detector without CADA, or not trained to the end; "
+                        f"go on with python cada.py --base {base.NAME} --checkpoint {path}")
+    cfg = base.Config(**stored_config(content, given, base.MAY_DIFFER + ("data", "batch_size"),
+                                      path))
+    detector, device = base.build(cfg, content)
     make_folder(Path(cfg.out))
-    classes, in_features = content["cada"]["centres"].shape
+    classes, in_features = content["cada"]["state"]["centres"].shape
     cada = CADA(in_features, classes)
-    cada.load_state_dict(content["cada"])
+    cada.load_state_dict(content["cada"]["state"])
     return cfg, detector, cada, content, device
+
+
+def choose_base(argv) -> tuple[types.ModuleType, Parser]:
+    """The module whose detector CADA aligns, this one or cnc.py, and the parser that knows --base.
+
+    Both have Config, configure, build, say_what_runs, fit_detector, NAME and MAY_DIFFER. It is read
+    before all other flags, since those are the module's.
+    """
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--base", choices=("revdist", "cnc"), default="revdist",
+                        help="detector to align; with cnc, that of cnc.py, the other flags are "
+                        "cnc.py's (default: revdist)")
+    if parser.parse_known_args(argv)[0].base == "revdist":
+        return sys.modules[__name__], parser
+    try:
+        import cnc
+    except ImportError as e:
+        raise UserError(f"--base cnc: {e}; put cnc.py beside cada.py and install requirements.txt")
+    cnc.UserError = UserError  # for main(), a mistake is a mistake wherever it was noticed
+    return cnc, parser
 
 
 def main(argv=None) -> int:
     """Run the command line; 0 on success, 2 after a mistake of the user's, told in one line."""
     try:
-        command, paths, given = parse_args(argv, Config, __doc__)
-        if command == "train":
-            train(given)
-        elif command == "predict":
-            predict(given, paths)
-        else:
-            started = time.time()
-            cfg, *parts, device = load_trained(given)
-            test_set = read_dataset(Path(cfg.data), test_only=True)[1]
-            evaluate(cfg, *parts, test_set, device, started)
+        with joined_processes():
+            base, parser = choose_base(argv)
+            command, paths, given = parse_args(argv, base.Config, __doc__, parser)
+            del given["base"]
+            if command == "train":
+                train(base, given)
+            elif command == "predict":
+                predict(base, given, paths)
+            else:
+                started = time.time()
+                cfg, *parts, device = load_trained(base, given)
+                test_set = read_dataset(Path(cfg.data), test_only=True)[1]
+                evaluate(cfg, *parts, test_set, device, started)
         return 0
     except (Exception, KeyboardInterrupt) as e:
         message = one_line(e)

@@ -31,9 +31,9 @@ paper                                          here
   fusion, decoder [port]                         Student
   feature-level normality promotion [paper]      promote; form: [ours]
   cross-modal normality constraint [paper]       CNC.constraint; form: [ours]
-  theta = 5 [paper]: epochs of warm-up [ours]    CNC.loss, train_detector
+  theta = 5 [paper]: epochs of warm-up [ours]    CNC.forward, train_detector
   tau = 0.001 [paper], its role [ours]           CNC.constraint
-  distillation by cosine [paper], patch by       CNC.distance, CNC.loss
+  distillation by cosine [paper], patch by       CNC.distance, CNC.forward
     patch, in CLIP's joint space [ours]          Teacher.joint
   anomaly map M [paper], score [ours]            CNC.describe, image_score
 
@@ -66,14 +66,17 @@ import tempfile
 import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import (ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout,
+                        suppress)
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import open_clip
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib import colormaps
@@ -139,7 +142,96 @@ def one_line(error: BaseException) -> str:
             "bus error")):
         return ("out of memory; lower --batch-size or --image-size, use --cache disk, or "
                 "--workers 0 if it is the shared memory of a container")
+    if isinstance(error, dist.DistError) or "/gloo/" in text:
+        return "lost the connection to another process; torchrun tells below which one ended"
     raise error
+# ==== end shared
+
+
+# ==== shared: processes
+def process() -> tuple[int, int]:
+    """(rank, count): which of how many processes this is under torchrun; else (0, 1)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+@contextmanager
+def joined_processes():
+    """Under torchrun, join the other processes; elsewhere do nothing.
+
+    Only rank 0 speaks, but whichever fails first says why; the others end in silence, with the
+    same exit code. Tensors on a CPU travel by gloo, those on a GPU by NCCL.
+    """
+    if not dist.is_torchelastic_launched():
+        yield
+        return
+    store, rank, count = next(dist.rendezvous("env://"))
+    nccl = torch.cuda.is_available() and dist.is_nccl_available()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", store=store, rank=rank,
+                            world_size=count, timeout=timedelta(hours=6))
+    try:
+        with open(os.devnull, "w") as silence, ExitStack() as stack:
+            if rank:
+                stack.enter_context(redirect_stdout(silence))
+                stack.enter_context(redirect_stderr(silence))
+            yield
+    except (Exception, KeyboardInterrupt):
+        if store.add("failed", 1) > 1:
+            raise SystemExit(2)
+        raise
+    dist.all_reduce(torch.zeros(1))  # nobody leaves while rank 0 still waits for what it was sent
+    dist.destroy_process_group()
+
+
+def share(samples: list) -> list:
+    """Every count-th of the samples, those of this process. Raises UserError if there are none."""
+    rank, count = process()
+    if len(samples) < count:
+        raise UserError(f"{len(samples)} images for {count} processes; lower --nproc-per-node")
+    return samples[rank::count]
+
+
+def gather(part: torch.Tensor, n: int) -> torch.Tensor | None:
+    """Put the rows of all n shares, on the CPU, into their old order on rank 0; None elsewhere."""
+    rank, count = process()
+    if count == 1:
+        return part
+    if rank:
+        dist.send(part.contiguous(), 0)
+        return None
+    whole = part.new_empty(n, *part.shape[1:])
+    whole[::count] = part
+    for r in range(1, count):
+        rows = part.new_empty(whole[r::count].shape)
+        dist.recv(rows, r)
+        whole[r::count] = rows
+    return whole
+
+
+class Sum(torch.autograd.Function):
+    """The sum of a tensor over all processes; what goes forward is summed backward, too."""
+
+    @staticmethod
+    def forward(ctx, x):
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return Sum.apply(gradient)
+
+
+def sum_over_processes(x: torch.Tensor) -> torch.Tensor:
+    """The same sum in every process, with gradient."""
+    return Sum.apply(x) if dist.is_initialized() else x
+
+
+def data_parallel(detector: nn.Module) -> nn.Module:
+    """The detector, as a function that gives the loss. Under torchrun DistributedDataParallel
+    averages the gradients over the processes, whose batches are equally large."""
+    if not dist.is_initialized():
+        return detector
+    return nn.parallel.DistributedDataParallel(detector)
 # ==== end shared
 
 
@@ -156,13 +248,15 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def parse_args(argv, config: type, description: str) -> tuple[str, list[str], dict]:
-    """Read `[train|eval|predict] [PATH ...] [--flag value ...]`.
+def parse_args(argv, config: type, description: str, *parents) -> tuple[str, list[str], dict]:
+    """Read `[train|eval|predict] [PATH ...] [--flag value ...]`: the fields of `config`, and what
+    parsers in `parents` know.
 
     Returns (command, paths, given): `given` holds only the flags that stand on the command line,
     so that a default can depend on the data set, and a checkpoint can say what must not change.
     """
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description, parents=parents,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", metavar="train|eval|predict [PATH ...]",
                         help="what to do (default: train); predict takes images or folders")
     for f in fields(config):
@@ -184,6 +278,8 @@ def parse_args(argv, config: type, description: str) -> tuple[str, list[str], di
         raise UserError(f"{command} takes no PATH ({words[0]!r}); name the data set with --data")
     if command == "predict" and not words:
         raise UserError("predict needs at least one image or folder")
+    if command == "predict" and process()[1] > 1:
+        raise UserError("predict runs in one process: start it without torchrun")
     return command, words, given
 
 
@@ -199,18 +295,26 @@ def choose_data(given: str | None) -> tuple[Path, str]:
 
 
 def choose_device(name: str) -> torch.device:
-    """Turn --device into a torch device. Raises UserError if this machine does not have it."""
-    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-            "cpu": True}
+    """Turn --device into a torch device, under torchrun each process into its own.
+
+    Raises UserError if this machine does not have it.
+    """
+    count, local = process()[1], int(os.environ.get("LOCAL_RANK", 0))
+    have = {"cuda": torch.cuda.is_available(),
+            "mps": torch.backends.mps.is_available() and count == 1, "cpu": True}
     if name == "auto":
         name = next(d for d in have if have[d])
     if not have[name]:
         raise UserError(f"--device {name}: this machine has none that PyTorch can use; "
                         "use --device auto or --device cpu")
     if name == "cuda":
+        if local >= torch.cuda.device_count():
+            raise UserError(f"--nproc-per-node: process {local + 1} finds only "
+                            f"{torch.cuda.device_count()} GPUs; start one process a GPU")
+        torch.cuda.set_device(local)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
         torch.backends.cudnn.deterministic = True  # one seed, one result
-    return torch.device(name)
+    return torch.device(name, local) if name == "cuda" else torch.device(name)
 
 
 def autocast(device: torch.device):
@@ -290,6 +394,7 @@ DEMO = {"teacher": "tiny", "weights": "none", "epochs": 30, "workers": 0}
 VISA = {"epochs": 200}  # [paper]
 # Flags that may differ between a checkpoint and the command that reads it.
 MAY_DIFFER = ("out", "device", "cache", "checkpoint", "resume", "workers")
+NAME = "cnc"  # of the detector, in checkpoints
 
 
 # ==== shared: data
@@ -629,6 +734,15 @@ class Teacher(nn.Module):
         self.mean.copy_(mean)
         self.whiten.copy_(whiten)
 
+    def plain(self, features):
+        """Undo the whitening: [(B, 1 + N, C)] -> the same, as the network gave them (less a mean).
+
+        Whitening brings out what tells patches apart, at the cost of what tells classes apart.
+        """
+        if not self.random:
+            return features
+        return [f @ torch.linalg.inv(whiten) for f, whiten in zip(features, self.whiten)]
+
     def joint(self, tokens):
         """P(f): tokens of any tap (..., C) -> unit vectors in the space shared with text (..., D).
 
@@ -731,6 +845,8 @@ class GatedMoE(nn.Module):
         # (std / mean)^2 of the experts' summed probabilities: 0 when all are equally probable.
         # Without it the gate may settle on two experts that get all tokens and gradients. [port]
         share = probabilities.sum(0)
+        if self.training:
+            share = sum_over_processes(share)
         return y.view(x.shape), share.var(correction=0) / share.mean() ** 2
 
 
@@ -784,7 +900,8 @@ class CNC(nn.Module):
     """Reverse distillation with a cross-modal normality constraint.
 
     This is all that the rest of the file knows of a detector: `teacher` gives frozen features of
-    images, `loss` trains on them, `describe` turns them into pooled features and a raw anomaly map.
+    images, calling it gives the loss on them, and `describe` turns them into pooled features and a
+    raw anomaly map.
     """
 
     CONSTRAINT_WEIGHT, BALANCE_WEIGHT = 0.1, 0.01  # [ours]
@@ -849,8 +966,8 @@ class CNC(nn.Module):
             losses.append(F.cross_entropy(logits, logits.new_zeros(len(f), dtype=torch.long)))
         return torch.stack(losses).mean()
 
-    def loss(self, features, warm_up: bool = False):
-        """L = L_distillation + 0.1 L_constraint + 0.01 L_balance, a scalar.
+    def forward(self, features, warm_up: bool = False):
+        """The loss: L = L_distillation + 0.1 L_constraint + 0.01 L_balance, a scalar.
 
         In the warm-up the constraint reads *encoded* CLS tokens and teaches the prompts what normal
         images look like; after it, *decoded* ones and teaches the decoder, prompts fixed. [ours]
@@ -877,7 +994,7 @@ class CNC(nn.Module):
         m = self.distance(encoded, decoded, self.text_features(False)).mean(0)  # (B, N)
         m = m.view(-1, 1, self.teacher.grid, self.teacher.grid)
         maps = F.interpolate(m, (self.preprocess.size,) * 2, mode="bilinear", align_corners=False)
-        pooled = [t for f in encoded for t in torch.std_mean(f[:, 1:], dim=1)]
+        pooled = [t for f in self.teacher.plain(encoded) for t in torch.std_mean(f[:, 1:], dim=1)]
         return torch.cat(pooled, dim=1), maps[:, 0]
 
     def explain(self, features):
@@ -924,13 +1041,16 @@ def image_score(maps: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def describe_all(detector, batches):
-    """Run the detector over teacher features: pooled (N, C) and raw maps (N, S, S), on the CPU."""
+def describe_all(detector, batches, n: int):
+    """Run the detector over the teacher features of this process's share of n images.
+
+    Returns pooled features (n, C) and raw maps (n, S, S), on the CPU; None on ranks above 0.
+    """
     detector.eval()  # BatchNorm by its running statistics: a score must not depend on its batch
     pooled, maps = map(torch.cat, zip(*([t.cpu() for t in detector.describe(f)] for f in batches)))
     if not maps.isfinite().all():
         raise UserError("the anomaly maps are not finite: the training diverged; lower --lr")
-    return pooled, maps
+    return gather(pooled, n), gather(maps, n)
 
 
 def quantile(scores: torch.Tensor, q: float) -> float:
@@ -1021,8 +1141,8 @@ def summarise(scores, labels, classes, maps=None, masks=None, device=torch.devic
 
 # ==== shared: feature cache
 def free_memory() -> int | None:
-    """Bytes of memory that can be had without swapping, or None where the system does not tell
-    (Windows, macOS). A container's own limit counts."""
+    """Bytes of memory that each process can have without swapping, or None where the system does
+    not tell (Windows, macOS). A container's own limit counts."""
     try:
         with open("/proc/meminfo") as file:
             free = next(int(line.split()[1]) * 1024 for line in file if "MemAvailable" in line)
@@ -1032,7 +1152,7 @@ def free_memory() -> int | None:
         limit, used = (int(Path("/sys/fs/cgroup", name).read_text())
                        for name in ("memory.max", "memory.current"))
         free = min(free, limit - used)
-    return free
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 class FeatureCache:
@@ -1105,7 +1225,8 @@ def feature_batches(source, batches, teacher, device, workers: int):
 def image_loader(images: Images, device: torch.device, workers: int, **batching):
     """Batches of images (B, 3, S, S) on the device. Its generator is its own, so that loading draws
     nothing from the one that training uses, and a resumed run draws the same."""
-    loader = DataLoader(images, num_workers=min(workers, os.cpu_count() or 1),
+    workers = min(workers, (os.cpu_count() or 1) // process()[1])
+    loader = DataLoader(images, num_workers=workers,
                         pin_memory=device.type == "cuda", generator=torch.Generator(), **batching)
     for x in loader:
         yield to_device(x, device)
@@ -1127,10 +1248,10 @@ def in_order(n: int, batch_size: int) -> list[list[int]]:
     return [list(range(i, min(i + batch_size, n))) for i in range(0, n, batch_size)]
 
 
-def shuffled(n: int, batch_size: int, steps: int, seed: int) -> list[list[int]]:
-    """The batches of a whole training run, epoch after epoch, decided by the seed alone: so a
+def shuffled(n: int, batch_size: int, steps: int, seed: int, rank: int = 0) -> list[list[int]]:
+    """The batches of a whole training run, epoch after epoch, decided by seed and rank alone: so a
     resumed run goes on with exactly the batches that it would have had."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed + 1_000_000 * rank)
     epochs = math.ceil(steps * batch_size / n)
     order = torch.cat([torch.randperm(n, generator=generator) for _ in range(epochs)])
     return order[:steps * batch_size].view(steps, batch_size).tolist()
@@ -1145,15 +1266,15 @@ def checkpoint_path(given: dict) -> Path:
 
 def random_states() -> dict:
     """The states of PyTorch's random generators: dropout, where there is any, draws from them."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
 def set_random_states(states: dict) -> None:
-    """Undo what ran since random_states(); the GPUs' states only where there are as many GPUs."""
+    """Undo what ran since random_states(); a GPU's state only where there is a GPU."""
     torch.set_rng_state(states["cpu"])
-    if states["cuda"] and torch.cuda.device_count() == len(states["cuda"]):
-        torch.cuda.set_rng_state_all(states["cuda"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
@@ -1162,22 +1283,25 @@ def save_checkpoint(path: Path, content: dict) -> None:
         torch.save(content, partial)
 
 
-def load_checkpoint(path: Path, script: str) -> dict:
-    """Read what save_checkpoint() wrote. Raises UserError if it is not a checkpoint of `script`."""
+def load_checkpoint(path: Path, detector: str) -> dict:
+    """Read what save_checkpoint() wrote. Raises UserError if it holds no such detector."""
     if not path.is_file():
         raise UserError(f"--checkpoint {path}: no such file; train first, or name another")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch.load raises many kinds for a file that it cannot read
         raise UserError(f"--checkpoint {path} is not a checkpoint ({type(e).__name__}); "
-                        f"name one that {script}.py wrote")
-    if not isinstance(content, dict) or content.get("script") != script:
-        raise UserError(f"--checkpoint {path} was not written by {script}.py; name one that was")
+                        "name one that cada.py or cnc.py wrote")
+    found = content.get("detector") if isinstance(content, dict) else None
+    if found != detector:
+        raise UserError(f"--checkpoint {path}: its detector is {found}, not {detector}; name "
+                        "another file (cada.py: or another --base)")
     return content
 
 
 def stored_config(content: dict, given: dict, free: tuple, path: Path) -> dict:
-    """The checkpoint's settings with the flags in `free` taken from the command line.
+    """The checkpoint's settings with the flags in `free` taken from the command line; --out is by
+    default the checkpoint's folder.
 
     Raises UserError for any other flag: the numbers would no longer be those of the checkpoint.
     --weights may name the same weights in another place, unless the checkpoint holds the teacher.
@@ -1187,7 +1311,8 @@ def stored_config(content: dict, given: dict, free: tuple, path: Path) -> dict:
         if name not in free and value != content["config"].get(name):
             raise UserError(f"--{name.replace('_', '-')} {value}: {path} was trained with "
                             f"{content['config'].get(name)}; drop the flag or train anew")
-    return content["config"] | {k: v for k, v in given.items() if k in free}
+    return (content["config"] | {"out": str(path.parent)}
+            | {k: v for k, v in given.items() if k in free})
 
 
 def check_teacher(teacher, content: dict) -> None:
@@ -1447,15 +1572,39 @@ def plot_text(path: Path, samples: list[Sample], masks, margins: dict[str, torch
     save_figure(path, figure)
 
 
+# ==== shared: training a detector
+def fit_detector(cfg, detector, samples: list[Sample], device, content: dict | None):
+    """Train on normal images, from where `content` (a checkpoint's) stopped; then describe them.
+
+    Returns the checkpoint's new content, pooled features (N, C) and raw maps (N, S, S) of all
+    samples; under torchrun the latter two on rank 0, None elsewhere. Each process caches, trains on
+    and describes its own share of the images. Raises UserError as train_detector() does.
+    """
+    count = process()[1]
+    if cfg.batch_size % count:
+        raise UserError(f"--batch-size {cfg.batch_size}: must be a multiple of the {count} "
+                        "processes, which share each batch")
+    if detector.teacher.random and content is None:  # the same in every process
+        everything = Images(samples, detector.preprocess)
+        detector.teacher.estimate_statistics(image_batches(everything, cfg, device))
+    images = Images(share(samples), detector.preprocess)
+    source = images if cfg.cache == "off" else FeatureCache(
+        detector.teacher, len(images), image_batches(images, cfg, device), cfg.cache,
+        Path(cfg.out))
+    content = train_detector(cfg, detector, source, len(samples), device, content)
+    order = in_order(len(images), cfg.batch_size)
+    batches = feature_batches(source, order, detector.teacher, device, cfg.workers)
+    return content, *describe_all(detector, progress(batches, "anomaly maps", total=len(order)),
+                                  len(samples))
+# ==== end shared
+
+
 # ---- train, evaluate, predict --------------------------------------------------------------------
-def configure(given: dict) -> tuple[Config, dict | None]:
-    """Settings for a fresh training, or those of the checkpoint that --resume goes on from."""
-    if given.get("resume"):
-        path = checkpoint_path(given)
-        content = load_checkpoint(path, "cnc")
+def configure(given: dict, path: Path | None = None) -> tuple[Config, dict | None]:
+    """Settings for a fresh training, or those of the checkpoint at `path`, to go on from it."""
+    if path:
+        content = load_checkpoint(path, NAME)
         return Config(**stored_config(content, given, MAY_DIFFER, path)), content
-    if "checkpoint" in given:
-        raise UserError("--checkpoint is read by eval, predict and --resume; train writes to --out")
     root, why = choose_data(given.get("data"))
     print(f"data: {root} ({why})", file=sys.stderr)
     defaults = DEMO if root.resolve() == (HERE / "data/demo").resolve() else {}
@@ -1479,23 +1628,18 @@ def build(cfg: Config, content: dict | None = None) -> tuple[CNC, torch.device]:
 def train(given: dict) -> None:
     """Train the detector, set the threshold from normal training scores, then evaluate once."""
     started = time.time()
-    cfg, content = configure(given)
+    if "checkpoint" in given and "resume" not in given:
+        raise UserError("--checkpoint is read by eval, predict and --resume; train writes to --out")
+    cfg, content = configure(given, checkpoint_path(given) if "resume" in given else None)
     train_set, test_set = read_dataset(Path(cfg.data))
     detector, device = build(cfg, content)
-    out, images = make_folder(Path(cfg.out)), Images(train_set, detector.preprocess)
+    out = make_folder(Path(cfg.out))
     say_what_runs(cfg, detector, device, train_set, test_set)
-    if detector.teacher.random and content is None:
-        detector.teacher.estimate_statistics(image_batches(images, cfg, device))
-    source = images if cfg.cache == "off" else FeatureCache(
-        detector.teacher, len(images), image_batches(images, cfg, device), cfg.cache, out)
-    content = train_detector(cfg, detector, source, device, content)
-    order = in_order(len(images), cfg.batch_size)
-    maps = describe_all(detector, progress(
-        feature_batches(source, order, detector.teacher, device, cfg.workers), "anomaly maps",
-        total=len(order)))[1]
-    content |= {"threshold": quantile(image_score(smooth(maps)), cfg.quantile)}
-    save_checkpoint(out / "checkpoint.pt", content)
-    del source, maps  # gigabytes, on a real set
+    content, _, maps = fit_detector(cfg, detector, train_set, device, content)
+    if maps is not None:  # under torchrun: rank 0 alone
+        content |= {"threshold": quantile(image_score(smooth(maps)), cfg.quantile)}
+        save_checkpoint(out / "checkpoint.pt", content)
+    del maps  # gigabytes, on a real set
     evaluate(cfg, detector, content, test_set, device, started)
 
 
@@ -1517,9 +1661,10 @@ def say_what_runs(cfg, detector, device, train_set, test_set) -> None:
               "that the machinery works, its numbers are not the paper's", file=sys.stderr)
 
 
-def train_detector(cfg, detector, source, device, content) -> dict:
+def train_detector(cfg, detector, source, n: int, device, content) -> dict:
     """The training loop. Returns the content of a checkpoint. Raises UserError on a NaN loss.
 
+    source: what this process trains on, of n images in all.
     Prompts, fusion, experts and decoder learn; the teacher's features were computed without
     gradients. In the first theta epochs the constraint teaches the prompts, afterwards the decoder.
     There is no validation and no best epoch, which could only be chosen on test images: the last
@@ -1527,15 +1672,18 @@ def train_detector(cfg, detector, source, device, content) -> dict:
     """
     parameters = [*detector.student.parameters(), *detector.prompts.parameters()]
     optimizer = torch.optim.Adam(parameters, cfg.lr)  # [paper]
-    steps_per_epoch = len(source) / cfg.batch_size
+    steps_per_epoch = n / cfg.batch_size
     steps = max(1, round(cfg.epochs * steps_per_epoch))
-    step = 0
+    step, (rank, count) = 0, process()
     if content is not None:
         optimizer.load_state_dict(content["optimizer"])
         set_random_states(content["random"])
         step = content["step"]
+    if rank:
+        torch.manual_seed(cfg.seed + 1_000_000 * rank + step)  # its own dropout
     detector.train()
-    batches = shuffled(len(source), cfg.batch_size, steps, cfg.seed)[step:]
+    engine, phase = None, None
+    batches = shuffled(len(source), cfg.batch_size // count, steps, cfg.seed, rank)[step:]
     bar = progress(feature_batches(source, batches, detector.teacher, device, cfg.workers),
                    "training", total=steps, initial=step)
     save_every = max(1, steps // 10)
@@ -1543,12 +1691,16 @@ def train_detector(cfg, detector, source, device, content) -> dict:
                "state": detector.teacher.state_dict() if detector.teacher.random else None}
 
     def state():
-        return {"script": "cnc", "config": asdict(cfg), "step": step, "steps": steps,
+        return {"detector": NAME, "config": asdict(cfg), "step": step, "steps": steps,
                 "student": detector.student.state_dict(), "prompts": detector.prompts.state_dict(),
                 "optimizer": optimizer.state_dict(), "random": random_states(), "teacher": teacher}
 
     for features in bar:
-        loss = detector.loss(features, warm_up=step < cfg.theta * steps_per_epoch)
+        warm_up = step < cfg.theta * steps_per_epoch
+        if warm_up != phase:  # DistributedDataParallel must know which parameters learn
+            detector.prompts.requires_grad_(warm_up and (detector.fnp or detector.guided))
+            engine, phase = data_parallel(detector), warm_up
+        loss = engine(features, warm_up=warm_up)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if cfg.clip:
@@ -1558,11 +1710,11 @@ def train_detector(cfg, detector, source, device, content) -> dict:
         optimizer.step()
         step += 1
         if step % save_every == 0 or step % 20 == 0 or step == steps:
-            value = loss.item()  # this waits for the GPU, so only now and then
+            value = sum_over_processes(loss.detach()).item() / count  # waits for the GPU: seldom
             if not math.isfinite(value):
                 raise UserError(f"the loss is {value} at step {step}; lower --lr {cfg.lr}")
             bar.set_postfix(loss=f"{value:.4f}")
-        if step % save_every == 0 and step < steps:
+        if step % save_every == 0 and step < steps and rank == 0:
             save_checkpoint(Path(cfg.out) / "checkpoint.pt", state())
     return state()
 
@@ -1572,9 +1724,12 @@ def evaluate(cfg, detector, content, test_set, device, started) -> None:
     out, labels = Path(cfg.out), np.array([s.label for s in test_set])
     classes, masks = np.array([s.cls for s in test_set]), load_masks(test_set,
                                                                      detector.preprocess.size)
-    images = Images(test_set, detector.preprocess)
+    images = Images(share(test_set), detector.preprocess)
     encoded = (detector.teacher(x) for x in image_batches(images, cfg, device))
-    maps = smooth(describe_all(detector, encoded)[1])
+    maps = describe_all(detector, encoded, len(test_set))[1]
+    if maps is None:
+        return  # rank 0 has them all, and does the rest
+    maps = smooth(maps)
     scores, threshold = image_score(maps).numpy(), content["threshold"]
     anomalous = scores > threshold
     results = {"cnc": summarise(scores, labels, classes, maps, masks, device)}
@@ -1623,7 +1778,7 @@ def predict(given: dict, paths: list[str]) -> None:
     files, threshold = find_images(paths), content["threshold"]
     batches = image_batches(Images(files, detector.preprocess), cfg, device)
     for i, x in enumerate(batches):
-        maps = smooth(describe_all(detector, [detector.teacher(x)])[1])
+        maps = smooth(describe_all(detector, [detector.teacher(x)], len(x))[1])
         scores = image_score(maps).tolist()
         for sample, score, amap in zip(files[i * cfg.batch_size:], scores, maps):
             target = overlay_path(Path(cfg.out) / "predict", sample.path)
@@ -1648,16 +1803,17 @@ def load_trained(given: dict):
 def main(argv=None) -> int:
     """Run the command line; 0 on success, 2 after a mistake of the user's, told in one line."""
     try:
-        command, paths, given = parse_args(argv, Config, __doc__)
-        if command == "train":
-            train(given)
-        elif command == "predict":
-            predict(given, paths)
-        else:
-            started = time.time()
-            cfg, detector, content, device = load_trained(given)
-            test_set = read_dataset(Path(cfg.data), test_only=True)[1]
-            evaluate(cfg, detector, content, test_set, device, started)
+        with joined_processes():
+            command, paths, given = parse_args(argv, Config, __doc__)
+            if command == "train":
+                train(given)
+            elif command == "predict":
+                predict(given, paths)
+            else:
+                started = time.time()
+                cfg, detector, content, device = load_trained(given)
+                test_set = read_dataset(Path(cfg.data), test_only=True)[1]
+                evaluate(cfg, detector, content, test_set, device, started)
         return 0
     except (Exception, KeyboardInterrupt) as e:
         message = one_line(e)

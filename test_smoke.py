@@ -389,7 +389,7 @@ def random_images(n: int) -> torch.Tensor:
 def test_gradients_reach_the_student_only(detector):
     before = {k: v.clone() for k, v in detector.teacher.state_dict().items()}
     detector.train()
-    detector.loss(detector.teacher(random_images(4))).backward()
+    detector(detector.teacher(random_images(4))).backward()
     assert all(p.grad is None and not p.requires_grad for p in detector.teacher.parameters())
     assert all(p.grad is not None and p.grad.any() for p in detector.student.parameters())
     after = detector.teacher.state_dict()
@@ -405,7 +405,7 @@ def test_teacher_depends_on_its_seed_alone():
 
 def test_random_teacher_takes_batchnorm_statistics_from_the_images(detector):
     teacher, batches = detector.teacher, random_images(6).mul(3).add(1).split(3)
-    teacher.estimate_batchnorm(batches)
+    teacher.estimate_statistics(batches)
     seen = torch.stack([teacher.stem[0](x).mean((0, 2, 3)) for x in batches]).mean(0)
     torch.testing.assert_close(teacher.stem[1].running_mean, seen, rtol=1e-3, atol=1e-4)
     before = teacher.identity()
@@ -417,7 +417,7 @@ def test_loss_and_map_are_cosine_distances(detector):
     features = detector.teacher(random_images(2))
     for sign, distance in ((1, 0.0), (-1, 2.0)):
         detector.student.forward = lambda encoded: [sign * e for e in encoded]
-        assert detector.loss(features).item() == pytest.approx(3 * distance, abs=1e-4)
+        assert detector(features).item() == pytest.approx(3 * distance, abs=1e-4)
         pooled, maps = detector.describe(features)
         assert len(pooled) == 2 and pooled.ndim == 2 and maps.shape == (2, 64, 64)
         torch.testing.assert_close(maps, torch.full_like(maps, distance), rtol=0, atol=1e-4)
@@ -430,18 +430,18 @@ def test_position_loss_ignores_the_length_of_a_vector_and_flat_loss_does_not(det
         return [torch.cat([9 * e[..., :1], e[..., 1:]], dim=-1) for e in encoded]
 
     detector.student.forward = lengthen_a_corner
-    assert detector.loss(features).item() > 0.1
+    assert detector(features).item() > 0.1
     detector.flat = False
-    assert detector.loss(features).item() == pytest.approx(0, abs=1e-4)
+    assert detector(features).item() == pytest.approx(0, abs=1e-4)
 
 
 def test_bfloat16_student_is_close_to_float32(detector, monkeypatch):
     features = detector.eval().teacher(random_images(2))
     with torch.no_grad():
-        exact, exact_loss = detector.describe(features)[1], detector.loss(features)
+        exact, exact_loss = detector.describe(features)[1], detector(features)
         monkeypatch.setattr(cada, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
         assert detector.student([f.float() for f in features])[0].dtype == torch.float32
-        maps, loss = detector.describe(features)[1], detector.loss(features)
+        maps, loss = detector.describe(features)[1], detector(features)
     assert maps.dtype == loss.dtype == torch.float32
     assert not torch.equal(maps, exact)  # else nothing ran in bfloat16
     torch.testing.assert_close(maps, exact, rtol=0, atol=0.02)
@@ -592,7 +592,7 @@ def demo_features():
             image.paste(patch(), tuple(rng.integers(0, 104, 2).tolist()))
     detector = cada.RevDist(cada.Config(**TINY | {"image_size": 128})).eval()
     batches = {part: torch.stack([*map(detector.preprocess, images[part])]) for part in images}
-    detector.teacher.estimate_batchnorm(batches["train"].split(16))
+    detector.teacher.estimate_statistics(batches["train"].split(16))
     with torch.no_grad():
         pooled = {part: detector.describe(detector.teacher(x))[0] for part, x in batches.items()}
     return pooled, [s.cls for s in train], [s.cls for s in test]
@@ -612,15 +612,16 @@ def test_a_ruined_patch_hardly_moves_u_and_gamma(patch, demo_features):
         assert ((after / before - 1).abs() < 0.05).float().mean() >= 0.9  # of the images
 
 
-def test_the_readme_shows_how_to_plug_it_in():
-    """Its block of Python, word for word, on a detector that has nothing to do with RevDist."""
-    normal, test = five_classes(0, 40, anomalous=False), five_classes(1, 40, anomalous=True)
-    names = {"normal_images": normal, "test_images": test, "my_detector": lambda data: data[:2]}
+def test_a_detector_of_ones_own_is_aligned_as_the_readme_shows(monkeypatch):
+    """Its block of Python, word for word."""
+    monkeypatch.chdir(HERE)
+    names = {}
     exec((HERE / "README.md").read_text().split("```python\n")[1].split("```")[0], names)
-    assert names["aligned"].shape == test[1].shape
-    assert (names["gamma"] > names["u"]).all()
-    raw = cada.image_score(cada.smooth(test[1]))
-    assert auroc(names["scores"], test[2]) > auroc(raw, test[2]) + 0.1
+    labels, classes = (np.array([getattr(s, what) for s in names["test"]])
+                       for what in ("label", "cls"))
+    raw, aligned = (cada.image_score(cada.smooth(names[m])).numpy() for m in ("maps", "aligned"))
+    assert auroc(aligned, labels) > auroc(raw, labels) + 0.08
+    assert auroc(aligned, labels, classes) > auroc(raw, labels, classes) - 0.01
 
 
 ELPV = HERE / "runs/elpv/checkpoint.pt"  # README.md tells how to make it
@@ -630,13 +631,13 @@ ELPV = HERE / "runs/elpv/checkpoint.pt"  # README.md tells how to make it
                     reason="needs data/elpv and a detector trained on it, see README.md")
 def test_elpv_no_harm_and_a_class_of_another_scale():
     """Real photographs, and the same with the maps (not the images) of one class times 4."""
-    cfg, detector, _, _, device = cada.load_trained({"checkpoint": str(ELPV)})
+    cfg, detector, _, _, device = cada.load_trained(cada, {"checkpoint": str(ELPV)})
     parts = cada.read_dataset(Path(cfg.data))
     described = []
     for samples in parts:
         images = cada.Images(samples, detector.preprocess)
         encoded = (detector.teacher(x) for x in cada.image_batches(images, cfg, device))
-        described.append(cada.describe_all(detector, encoded))
+        described.append(cada.describe_all(detector, encoded, len(samples)))
     classes = [np.array([s.cls for s in samples]) for samples in parts]
     labels = np.array([s.label for s in parts[1]])
     for scaled in (None, "mono", "poly"):
@@ -799,7 +800,7 @@ def test_cnc_teacher_and_text_tower_never_change(warm_up, tokens):
     assert any("token_embedding" in key for key in detector.teacher.state_dict())
     optimizer = torch.optim.Adam((p for p in detector.parameters() if p.requires_grad), 0.1)
     for _ in range(3):
-        detector.loss(tokens, warm_up).backward()
+        detector(tokens, warm_up).backward()
         optimizer.step()
     assert detector.teacher.identity() == before
     assert not any(m.training for m in detector.teacher.modules()) and detector.student.training
@@ -846,7 +847,7 @@ def test_cnc_prompts_are_unit_vectors_and_only_their_contexts_learn(tiny_clip):
 
 
 def test_cnc_is_not_told_the_class():
-    assert list(inspect.signature(cnc.CNC.loss).parameters) == ["self", "features", "warm_up"]
+    assert list(inspect.signature(cnc.CNC.forward).parameters) == ["self", "features", "warm_up"]
     assert list(inspect.signature(cnc.CNC.describe).parameters) == ["self", "features"]
     assert list(inspect.signature(cnc.PromptLearner.forward).parameters) == ["self"]
 
@@ -967,7 +968,7 @@ def test_cnc_constraint_teaches_first_the_prompts_then_the_decoder(tokens):
 def gradients(detector, features, warm_up: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Of the whole loss: the student's in one vector, the prompts' (None where there is none)."""
     detector.zero_grad(set_to_none=True)
-    detector.loss(features, warm_up).backward()
+    detector(features, warm_up).backward()
     found = [p.grad for p in detector.student.parameters() if p.grad is not None]
     return torch.cat([g.flatten() for g in found]), detector.prompts.ctx.grad
 
@@ -989,11 +990,11 @@ def test_cnc_loss_guides_the_decoder_only_after_the_warm_up(tokens, monkeypatch)
 def test_cnc_loss_uses_the_prompts_that_the_warm_up_left(tokens):
     """A step of warm-up, then a loss: not one with the prompts of before."""
     detector = cnc_detector(tau=1.0)
-    before = detector.loss(tokens).item()
-    detector.loss(tokens, warm_up=True)
+    before = detector(tokens).item()
+    detector(tokens, warm_up=True)
     with torch.no_grad():
         detector.prompts.ctx.normal_()
-    assert detector.loss(tokens).item() != pytest.approx(before, abs=1e-6)
+    assert detector(tokens).item() != pytest.approx(before, abs=1e-6)
 
 
 def test_cnc_without_its_parts_is_plain_reverse_distillation(tokens):
@@ -1002,7 +1003,7 @@ def test_cnc_without_its_parts_is_plain_reverse_distillation(tokens):
     expected = torch.stack([cosine_distance(detector.teacher.joint(e), detector.teacher.joint(d))
                             for e, d in zip(encoded, decoded)])[..., 1:].mean().item()
     for warm_up in (True, False):
-        assert detector.loss(tokens, warm_up).item() == pytest.approx(expected, abs=1e-6)
+        assert detector(tokens, warm_up).item() == pytest.approx(expected, abs=1e-6)
         assert gradients(detector, tokens, warm_up)[1] is None
 
 
@@ -1021,16 +1022,16 @@ def test_cnc_no_fnp_removes_the_promotion_and_nothing_else(tokens, monkeypatch):
     monkeypatch.setattr(cnc, "promote", lambda v, *text: v)
     assert torch.equal(full.describe(tokens)[1], without.describe(tokens)[1])
     for warm_up in (True, False):
-        assert torch.equal(full.loss(tokens, warm_up), without.loss(tokens, warm_up))
+        assert torch.equal(full(tokens, warm_up), without(tokens, warm_up))
 
 
 def test_cnc_no_constraint_removes_the_guidance_and_nothing_else(tokens, monkeypatch):
     full, without = cnc_detector(), cnc_detector(no_constraint=True)
     assert torch.equal(full.describe(tokens)[1], without.describe(tokens)[1])
-    assert torch.equal(full.loss(tokens, warm_up=True), without.loss(tokens, warm_up=True))
-    assert not torch.allclose(full.loss(tokens), without.loss(tokens))
+    assert torch.equal(full(tokens, warm_up=True), without(tokens, warm_up=True))
+    assert not torch.allclose(full(tokens), without(tokens))
     monkeypatch.setattr(cnc.CNC, "constraint", no_constraint)
-    assert torch.equal(full.loss(tokens), without.loss(tokens))
+    assert torch.equal(full(tokens), without(tokens))
 
 
 def test_cnc_decoder_runs_from_deep_to_shallow(tokens):
@@ -1075,9 +1076,9 @@ def test_cnc_map_shows_where_the_decoder_fails(tokens):
 def test_cnc_bfloat16_student_is_close_to_float32(tokens, monkeypatch):
     detector = cnc_detector()
     with torch.no_grad():
-        exact, exact_loss = detector.describe(tokens)[1], detector.loss(tokens)
+        exact, exact_loss = detector.describe(tokens)[1], detector(tokens)
         monkeypatch.setattr(cnc, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
-        maps, loss = detector.describe(tokens)[1], detector.loss(tokens)
+        maps, loss = detector.describe(tokens)[1], detector(tokens)
     assert maps.dtype == loss.dtype == torch.float32
     assert not torch.equal(maps, exact)  # else nothing ran in bfloat16
     torch.testing.assert_close(maps, exact, rtol=0, atol=0.02)
@@ -1218,7 +1219,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(data, trained, tmp_path
                  "--cache", "disk", cwd=HERE)
     assert done.returncode == -signal.SIGKILL
     assert {p.name for p in listing(out)} == {"checkpoint.pt"}  # and no cache
-    fails("eval", "--checkpoint", out / "checkpoint.pt", says=["step 2 of 4", "--resume"])
+    fails("eval", "--checkpoint", out / "checkpoint.pt", says=["without CADA", "--base revdist"])
     assert run("--resume", "--data", f"{data}/", "--out", out) == 0  # the slash is no other set
     assert results(out) == results(trained.out)
     np.testing.assert_array_equal(numbers(out, *EXACT), numbers(trained.out, *EXACT))
@@ -1230,7 +1231,7 @@ def test_checkpoint_is_plain_and_complete(trained):
     assert content["optimizer"]["state"] and content["schedule"]["last_epoch"] == 4
     assert content["random"]["cpu"].dtype == torch.uint8 and content["cada"]
     told = json.loads((trained.out / "metrics.json").read_text())
-    assert content["threshold"] == told["threshold"]
+    assert content["cada"]["threshold"] == told["threshold"] and content["detector"] == "revdist"
     teacher = cada.Teacher("resnet18", "none", 0)
     teacher.load_state_dict(content["teacher"]["state"])
     assert teacher.identity() == content["teacher"]["identity"]
@@ -1262,7 +1263,8 @@ def test_train_writes_and_prints_what_it_says(trained):
     names = {"checkpoint.pt", "metrics.json", "scores.csv", "heatmaps.png", "distributions.png"}
     assert {p.name for p in trained.files} == names
     metrics = json.loads((trained.out / "metrics.json").read_text())
-    assert set(metrics) == {"script", "config", "versions", "seconds", "threshold", "results"}
+    assert set(metrics) == {"script", "detector", "config", "versions", "seconds", "threshold",
+                            "results"}
     assert set(metrics["results"]) == {"raw", "cada", "oracle"}
     for variant in metrics["results"].values():
         assert set(variant) == {"pooled", "class_mean", "per_class"}
@@ -1465,13 +1467,13 @@ def test_cnc_a_killed_run_goes_on_as_if_nothing_had_happened(step, data, cnc_tra
 
 def test_cnc_warm_up_lasts_theta_epochs(data, tmp_path, monkeypatch):
     """Three steps an epoch."""
-    phases, loss = [], cnc.CNC.loss
+    phases, loss = [], cnc.CNC.forward
 
     def watched(self, features, warm_up=False):
         phases.append(warm_up)
         return loss(self, features, warm_up)
 
-    monkeypatch.setattr(cnc.CNC, "loss", watched)
+    monkeypatch.setattr(cnc.CNC, "forward", watched)
     monkeypatch.setattr(cnc, "evaluate", lambda *args: None)
     for theta, steps in ((0, 0), (1, 3)):
         phases.clear()
@@ -1551,6 +1553,212 @@ def test_cnc_a_class_may_lack_good_or_defective_test_images(tree, cnc_trained, t
     assert [row["label"] for row in rows_of(tmp_path / "out")] == ["1"] * 3 + ["0"] * 3
 
 
+# ---- CADA on CNC ---------------------------------------------------------------------------------
+ON_CNC = ["--base", "cnc"]
+
+
+@pytest.fixture(scope="module")
+def on_cnc(data, session_path) -> Path:
+    """The folder of `cada.py --base cnc`, which trains a CNC of its own."""
+    out = session_path / "on_cnc"
+    assert run(*ON_CNC, "--data", data, "--out", out, *CNC_FLAGS) == 0
+    return out
+
+
+def test_cada_on_cnc_leaves_the_detector_as_it_is(on_cnc, cnc_trained):
+    """Its raw scores are those of cnc.py with the same flags."""
+    np.testing.assert_array_equal(numbers(on_cnc, "raw"), numbers(cnc_trained.out, "score"))
+    assert {p.name for p in listing(on_cnc)} == {
+        "checkpoint.pt", "metrics.json", "scores.csv", "heatmaps.png", "distributions.png"}
+    told = json.loads((on_cnc / "metrics.json").read_text())
+    assert (told["script"], told["detector"]) == ("cada", "cnc")
+    assert set(told["results"]) == {"raw", "cada", "oracle"} and told["config"]["theta"] == 1
+
+
+def test_cada_on_cnc_aligns_by_its_formula(on_cnc):
+    raw, aligned, u, gamma = numbers(on_cnc, "raw", "cada", "u", "gamma").T
+    np.testing.assert_allclose(aligned, (raw - u) / (gamma - u), rtol=1e-3, atol=1e-3)
+
+
+def test_cada_takes_a_trained_cnc_and_writes_elsewhere(on_cnc, cnc_trained, tmp_path, monkeypatch):
+    """By default not into the folder of CNC's checkpoint; and it trains no step."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cnc.CNC, "forward", lambda *args, **more: pytest.fail("it trained"))
+    before = listing(cnc_trained.out)
+    assert run(*ON_CNC, "--checkpoint", cnc_trained.checkpoint) == 0
+    assert listing(cnc_trained.out) == before
+    assert rows_of(tmp_path / "runs/cada") == rows_of(on_cnc)
+
+
+def test_cada_on_cnc_eval_predict_and_resume(data, on_cnc, tmp_path, capsys):
+    words = *ON_CNC, "--checkpoint", on_cnc / "checkpoint.pt", "--out", tmp_path / "out"
+    assert run("eval", *words) == 0
+    assert rows_of(tmp_path / "out") == rows_of(on_cnc)
+    assert run("train", "--resume", *words) == 0
+    assert rows_of(tmp_path / "out") == rows_of(on_cnc)
+    capsys.readouterr()
+    assert run("predict", *words, data / "a/test") == 0
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    rows = {row["path"]: row for row in rows_of(on_cnc)}
+    for line in told:
+        row = rows[line["path"]]
+        assert line["score"] == pytest.approx(float(row["cada"]), abs=1e-3)
+        assert line["anomalous"] == (row["anomalous"] == "True")
+        assert Path(line["overlay"]).is_file()
+    assert len(told) == 6
+
+
+def test_the_checkpoint_of_cada_on_cnc_is_one_of_cnc(on_cnc, cnc_trained, tmp_path):
+    assert run("eval", "--checkpoint", on_cnc / "checkpoint.pt", "--out", tmp_path,
+               script=cnc) == 0
+    assert rows_of(tmp_path) == rows_of(cnc_trained.out)
+
+
+def test_a_detector_without_cada_cannot_be_evaluated_as_one(cnc_trained, fails):
+    for words in (["eval"], ["predict", "x.png"]):
+        fails(*words, *ON_CNC, "--checkpoint", cnc_trained.checkpoint,
+              says=["without CADA", f"--base cnc --checkpoint {cnc_trained.checkpoint}"])
+
+
+def test_base_cnc_without_cnc(data, fails, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cnc", None)
+    fails(*ON_CNC, "--data", data, says=["--base cnc", "cnc.py", "requirements.txt"])
+
+
+# ---- several processes ---------------------------------------------------------------------------
+# What a process of torchrun runs: a script's main(), which writes down the losses. Dropout, which
+# each process draws for itself, is off, and the balance loss is heavy enough to be seen.
+WORKER = """
+import json, os, signal, sys, torch, cada, cnc
+name, losses, spoil, *words = sys.argv[1:]
+script, rank = {"cada": cada, "cnc": cnc}[name], int(os.environ.get("RANK", 0))
+detector = {"cada": cada.RevDist, "cnc": cnc.CNC}[name]
+forward, found = detector.forward, []
+def noted(self, *args, **more):
+    if spoil == "memory" and rank == 1:
+        raise MemoryError
+    if spoil == "kill" and rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    loss = forward(self, *args, **more)
+    found.append(loss.item())
+    return loss
+detector.forward = noted
+torch.nn.Dropout.forward = lambda self, x: x
+cnc.CNC.BALANCE_WEIGHT = 1.0
+if spoil == "union":  # one process, which takes the batches of both
+    shuffled = script.shuffled
+    def union(n, batch_size, steps, seed, rank):
+        parts = [shuffled(n // 2, batch_size // 2, steps, seed, r) for r in (0, 1)]
+        return [[2 * i + r for r in (0, 1) for i in parts[r][t]] for t in range(steps)]
+    script.shuffled = union
+code = script.main(words)
+open(losses + f"-{rank}.json", "w").write(json.dumps(found))
+sys.exit(code)
+"""
+
+
+@pytest.fixture(scope="module")
+def work(session_path):
+    """Start WORKER alone or in two processes."""
+    file = session_path / "worker.py"
+    file.write_text(WORKER)
+
+    def start(script, out, *words, spoil="-", count=2):
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count]
+        env = {k: v for k, v in os.environ.items() if k != "LOCAL_RANK"}
+        return subprocess.run(
+            [sys.executable, *map(str, torchrun if count > 1 else []), str(file), script.__name__,
+             f"{out}-losses", spoil, *map(str, words), "--out", str(out)], capture_output=True,
+            text=True, timeout=200,
+            env=env | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)})
+
+    return start
+
+
+@pytest.mark.parametrize("script", [cada, cnc], ids=["cada", "cnc"])
+def test_two_processes_train_as_one_and_share_the_work(script, data, work, tmp_path):
+    """The same losses with the same global batches, and one report with every image once.
+
+    A small step: at RevDist's own, rounding alone moves the next losses by 1e-4.
+    """
+    words = ["--data", data, *FLAGS_OF[script], "--lr", 2e-4]
+    for name, count in (("one", 1), ("two", 2)):
+        done = work(script, tmp_path / name, *words, spoil="union" if count == 1 else "-",
+                    count=count)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("class mean") == 1
+    one, *two = (np.array(json.loads((tmp_path / f"{name}.json").read_text()))
+                 for name in ("one-losses-0", "two-losses-0", "two-losses-1"))
+    assert len(one) >= 4 and not np.allclose(two[0], two[1], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(np.mean(two, axis=0), one, rtol=0, atol=1e-4)
+    files = [{p.name for p in listing(tmp_path / name)} for name in ("one", "two")]
+    assert files[0] == files[1]
+    rows = [rows_of(tmp_path / name) for name in ("one", "two")]
+    assert [row["path"] for row in rows[0]] == [row["path"] for row in rows[1]]
+    score = {cada: "raw", cnc: "score"}[script]
+    found = [numbers(tmp_path / name, score) for name in ("one", "two")]
+    np.testing.assert_allclose(*found, rtol=5e-3)
+    assert run("eval", "--checkpoint", tmp_path / "two/checkpoint.pt", "--out", tmp_path / "eval",
+               script=script) == 0  # one process reads what two have written
+    np.testing.assert_allclose(numbers(tmp_path / "eval", score), found[1], rtol=1e-3)
+
+
+@pytest.mark.parametrize("spoil, words, says", [
+    ("memory", "", "out of memory"), ("kill", "", "lost the connection"),
+    ("-", "--batch-size 3", "--batch-size 3: must be a multiple of the 2 processes"),
+    ("-", "--data nowhere", "--data")], ids=["memory", "kill", "batch", "data"])
+def test_a_failed_process_ends_all_with_one_line(spoil, words, says, data, work, tmp_path):
+    out = tmp_path / "out"
+    done = work(cnc, out, "--data", data, *CNC_FLAGS, *words.split(), spoil=spoil)
+    lines = [line for line in done.stderr.splitlines() if "cnc.py: error" in line]
+    assert done.returncode != 0 and len(lines) == 1 and says in lines[0]
+    assert "class mean" not in done.stdout and not (out / "checkpoint.pt").exists()
+    ours = done.stderr.split("elastic")[0]  # torchrun itself ends with a report of its own
+    assert "Traceback" not in ours
+
+
+def test_batchnorm_of_several_processes_equals_pytorchs_in_one():
+    """Output, gradients and running statistics; how processes are joined, see above."""
+    ours, theirs = cada.CPUSyncBatchNorm(5), torch.nn.BatchNorm2d(5)
+    x = torch.randn(4, 5, 6, 7, generator=torch.Generator().manual_seed(0)).mul(3).add(2)
+    outputs, gradients = [], []
+    for norm in (ours, theirs):
+        with torch.no_grad():
+            norm.weight.copy_(torch.linspace(0.5, 2, 5))
+            norm.bias.copy_(torch.linspace(-1, 1, 5))
+        inputs = x.clone().requires_grad_()
+        for _ in range(2):
+            y = norm(inputs)
+        (y ** 3).sum().backward()
+        outputs.append((y, norm.eval()(x)))
+        gradients.append((inputs.grad, norm.weight.grad, norm.bias.grad))
+    torch.testing.assert_close(outputs[0], outputs[1])
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-3)
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("device, kind", [("cpu", cada.CPUSyncBatchNorm),
+                                          ("cuda", torch.nn.SyncBatchNorm)])
+def test_every_batchnorm_of_the_student_is_synchronised(device, kind, detector):
+    names = list(detector.student.state_dict())
+    cada.synchronise_batchnorm(detector.student, torch.device(device))
+    norms = [m for m in detector.student.modules()
+             if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    assert len(norms) > 20 and all(type(m) is kind for m in norms)
+    assert list(detector.student.state_dict()) == names
+
+
+def test_one_process_a_gpu(monkeypatch, data, fails):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert cada.choose_device("auto") == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    fails("--data", data, *FLAGS, "--device", "cuda", says=["--nproc-per-node", "2 GPUs"])
+
+
 # ---- both scripts --------------------------------------------------------------------------------
 def shared_sections(script) -> dict[str, str]:
     """{name: text} of what stands between `# ==== shared: NAME` and `# ==== end shared`."""
@@ -1568,20 +1776,27 @@ def test_cada_and_cnc_share_sections_letter_for_letter():
     assert sum(len(text.splitlines()) for text in ours.values()) > 400
 
 
-@pytest.mark.parametrize("script, other", [(cada, "cnc"), (cnc, "cada")], ids=["cada", "cnc"])
-def test_neither_script_imports_the_other(script, other):
-    nodes = list(ast.walk(ast.parse(Path(script.__file__).read_text())))
-    names = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
-    names |= {n.module for n in nodes if isinstance(n, ast.ImportFrom)}
-    assert "torch" in names and other not in names
+def imports(tree) -> set[str]:
+    """Names of the modules that are imported anywhere in a syntax tree."""
+    nodes = list(ast.walk(tree))
+    return ({a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
+            | {n.module for n in nodes if isinstance(n, ast.ImportFrom)})
 
 
-def test_neither_script_reads_the_checkpoint_of_the_other(trained, cnc_trained, fails):
-    for script, run_of_the_other in ((cada, cnc_trained), (cnc, trained)):
-        path = run_of_the_other.checkpoint
+def test_neither_script_imports_the_other_but_cada_for_base_cnc():
+    ours, theirs = (ast.parse(Path(script.__file__).read_text()) for script in (cada, cnc))
+    choose_base = next(n for n in ours.body if getattr(n, "name", "") == "choose_base")
+    assert imports(choose_base) == {"cnc"}
+    ours.body.remove(choose_base)
+    assert "torch" in imports(ours) & imports(theirs)
+    assert "cnc" not in imports(ours) and "cada" not in imports(theirs)
+
+
+def test_neither_script_reads_the_checkpoint_of_another_detector(trained, cnc_trained, fails):
+    for script, other in ((cada, cnc_trained), (cnc, trained)):
         for words in (["eval"], ["predict", "x.png"], ["--resume"]):
-            fails(*words, "--checkpoint", path, script=script,
-                  says=[str(path), f"not written by {script.__name__}.py"])
+            fails(*words, "--checkpoint", other.checkpoint, script=script,
+                  says=[str(other.checkpoint), "its detector is", "--base"])
 
 
 # ---- bad input -----------------------------------------------------------------------------------
@@ -1719,7 +1934,10 @@ def test_visa_split_file_without_its_columns(visa, fails):
     ("--loss mse", ["--loss", "flat"]),
     ("--teacher vgg16", ["--teacher vgg16", "wide_resnet50_2"]),
     ("--teacher resnet18 --weights IMAGENET1K_V9", ["--weights", "IMAGENET1K_V1"]),
-    ("--checkpoint old.pt", ["--checkpoint", "--resume"]),
+    ("--checkpoint nowhere.pt", ["nowhere.pt", "no such file"]),
+    ("--base unet", ["--base", "cnc"]),
+    ("--base cnc --iters 3", ["--iters"]),
+    ("--base cnc --teacher resnet18", ["--teacher resnet18", "ViT-B-16"]),
     ("--resume", ["checkpoint.pt", "no such file"]),
     ("eval", ["checkpoint.pt", "no such file"]),
     ("eval --checkpoint nowhere.pt", ["nowhere.pt", "no such file"])])
@@ -1733,8 +1951,8 @@ def test_no_gpu(data, fails):
 
 
 def nan_loss(script, monkeypatch, tmp_path):
-    loss = DETECTOR_OF[script].loss
-    monkeypatch.setattr(DETECTOR_OF[script], "loss", lambda *a, **k: loss(*a, **k) * math.nan)
+    loss = DETECTOR_OF[script].forward
+    monkeypatch.setattr(DETECTOR_OF[script], "forward", lambda *a, **k: loss(*a, **k) * math.nan)
     return [], ["loss", "nan", "--lr"]
 
 
@@ -1748,7 +1966,7 @@ def out_of_memory(script, monkeypatch, tmp_path):
     def loss(*args, **more):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0 has")
 
-    monkeypatch.setattr(DETECTOR_OF[script], "loss", loss)
+    monkeypatch.setattr(DETECTOR_OF[script], "forward", loss)
     return [], ["out of memory", "--batch-size"]
 
 
@@ -1756,7 +1974,7 @@ def control_c(script, monkeypatch, tmp_path):
     def loss(*args, **more):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(DETECTOR_OF[script], "loss", loss)
+    monkeypatch.setattr(DETECTOR_OF[script], "forward", loss)
     return [], ["interrupted", "--resume"]
 
 
