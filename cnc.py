@@ -43,6 +43,8 @@ paper                                          here
     python cnc.py --no-moe --no-fnp --no-constraint    plain reverse distillation, in joint space
     python cnc.py eval --checkpoint FILE               the same numbers again
     python cnc.py predict --checkpoint FILE PATH ...   score images, write heat maps
+    torchrun --nproc-per-node=N cnc.py ...             the same on N GPUs
+    python cada.py --base cnc                          one threshold for all classes (cada.py)
 
 Measured on the demo set: tiny random CLIP, about 2 minutes a run on 2 CPU cores, seeds 0-2, in %,
 class-mean I-AUROC / P-AUROC: 90.7 +- 1.3 / 93.6 +- 0.3, plain reverse distillation 91.2 +- 1.2 /

@@ -624,42 +624,6 @@ def test_a_detector_of_ones_own_is_aligned_as_the_readme_shows(monkeypatch):
     assert auroc(aligned, labels, classes) > auroc(raw, labels, classes) - 0.01
 
 
-ELPV = HERE / "runs/elpv/checkpoint.pt"  # README.md tells how to make it
-
-
-@pytest.mark.skipif(not (ELPV.is_file() and (HERE / "data/elpv").is_dir()),
-                    reason="needs data/elpv and a detector trained on it, see README.md")
-def test_elpv_no_harm_and_a_class_of_another_scale():
-    """Real photographs, and the same with the maps (not the images) of one class times 4."""
-    cfg, detector, _, _, device = cada.load_trained(cada, {"checkpoint": str(ELPV)})
-    parts = cada.read_dataset(Path(cfg.data))
-    described = []
-    for samples in parts:
-        images = cada.Images(samples, detector.preprocess)
-        encoded = (detector.teacher(x) for x in cada.image_batches(images, cfg, device))
-        described.append(cada.describe_all(detector, encoded, len(samples)))
-    classes = [np.array([s.cls for s in samples]) for samples in parts]
-    labels = np.array([s.label for s in parts[1]])
-    for scaled in (None, "mono", "poly"):
-        (features, maps), (test_features, test_maps) = (
-            (f, m * torch.tensor(np.where(c == scaled, 4, 1))[:, None, None].float())
-            for (f, m), c in zip(described, classes))
-        head = cada.CADA(features.shape[1]).fit(features, maps, seed=cfg.seed)
-        known = cada.class_statistics(maps, classes[0].tolist())
-        raw = cada.image_score(cada.smooth(test_maps))
-        statistics = {"raw": (0, 1), "cada": head.predict(test_features),
-                      "oracle": torch.tensor([known[c] for c in classes[1]]).T}
-        scores = {name: (raw - u) / (gamma - u) for name, (u, gamma) in statistics.items()}
-        pooled = {name: auroc(s, labels) for name, s in scores.items()}
-        mean = {name: auroc(s, labels, classes[1]) for name, s in scores.items()}
-        print(f"\n{scaled or 'no class'} times 4:", *(
-            f"{n} {100 * pooled[n]:.1f} ({100 * mean[n]:.1f})" for n in scores))
-        if scaled:
-            assert pooled["cada"] > max(pooled["oracle"] - 0.05, pooled["raw"])
-        else:
-            assert pooled["cada"] > pooled["raw"] - 0.01 and mean["cada"] > mean["raw"] - 0.015
-
-
 # ---- CNC: frozen teacher -------------------------------------------------------------------------
 def cnc_detector(**flags) -> cnc.CNC:
     """In eval mode: dropout would blur every comparison."""
@@ -1627,7 +1591,8 @@ def test_base_cnc_without_cnc(data, fails, monkeypatch):
 
 # ---- several processes ---------------------------------------------------------------------------
 # What a process of torchrun runs: a script's main(), which writes down the losses. Dropout, which
-# each process draws for itself, is off, and the balance loss is heavy enough to be seen.
+# each process draws for itself, is off, and the balance loss is heavy enough to be seen. RevDist's
+# student is in float64: in float32 four steps of AdamW blow rounding up to 1e-3.
 WORKER = """
 import json, os, signal, sys, torch, cada, cnc
 name, losses, spoil, *words = sys.argv[1:]
@@ -1645,6 +1610,13 @@ def noted(self, *args, **more):
 detector.forward = noted
 torch.nn.Dropout.forward = lambda self, x: x
 cnc.CNC.BALANCE_WEIGHT = 1.0
+if script is cada:
+    build, torch.Tensor.float = cada.build, torch.Tensor.double
+    def build_in_double(*args):
+        built = build(*args)
+        built[0].student.double()
+        return built
+    cada.build = build_in_double
 if spoil == "union":  # one process, which takes the batches of both
     shuffled = script.shuffled
     def union(n, batch_size, steps, seed, rank):
@@ -1677,11 +1649,8 @@ def work(session_path):
 
 @pytest.mark.parametrize("script", [cada, cnc], ids=["cada", "cnc"])
 def test_two_processes_train_as_one_and_share_the_work(script, data, work, tmp_path):
-    """The same losses with the same global batches, and one report with every image once.
-
-    A small step: at RevDist's own, rounding alone moves the next losses by 1e-4.
-    """
-    words = ["--data", data, *FLAGS_OF[script], "--lr", 2e-4]
+    """The same losses with the same global batches, and one report with every image once."""
+    words = ["--data", data, *FLAGS_OF[script]]
     for name, count in (("one", 1), ("two", 2)):
         done = work(script, tmp_path / name, *words, spoil="union" if count == 1 else "-",
                     count=count)
