@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,6 +33,7 @@ import torchvision
 from PIL import Image, ImageDraw
 from scipy import ndimage
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
+from torch.utils.flop_counter import FlopCounterMode
 
 import cada
 import cnc
@@ -1128,14 +1130,29 @@ def test_a_class_of_good_images_has_no_metrics_and_does_not_count():
     assert "NaN" not in json.dumps(cada.without_nan(found))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has another unit elsewhere")
-def test_13_million_pixels_fit_in_3_gb():
-    done = shell("-c", "import resource, torch, cada\n"
-                 "masks = torch.zeros(200, 256, 256, dtype=torch.bool)\n"
-                 "masks[::2, 100:140, 90:150] = True\n"
-                 "cada.pixel_metrics(torch.rand(200, 256, 256), masks)\n"
-                 "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)", cwd=HERE)
-    assert int(done.stdout) * 1024 < 3e9
+PEAK = """
+import cada, numpy as np, sys, torch
+def of_process(key):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(key)) * 1024
+n = int(sys.argv[1])
+masks = torch.zeros(n, 256, 256, dtype=torch.bool)
+masks[::2, 100:140, 90:150] = True
+maps = torch.rand(n, 256, 256)
+before = of_process("VmRSS")
+cada.pixel_metrics(maps, masks)
+print((of_process("VmHWM") - before) / maps.numel())
+"""
+
+
+def bytes_a_pixel(images: int) -> float:
+    """Peak memory of the pixel metrics over that of their arguments, images of 256 x 256."""
+    return float(shell("-c", PEAK, images, cwd=HERE).stdout)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads Linux's /proc")
+def test_13_million_pixels_take_13_bytes_each():
+    assert bytes_a_pixel(200) < 13
 
 
 # ---- cache and checkpoint ------------------------------------------------------------------------
@@ -1183,7 +1200,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(data, trained, tmp_path
                  "--cache", "disk", cwd=HERE)
     assert done.returncode == -signal.SIGKILL
     assert {p.name for p in listing(out)} == {"checkpoint.pt"}  # and no cache
-    fails("eval", "--checkpoint", out / "checkpoint.pt", says=["without CADA", "--base revdist"])
+    fails("eval", "--checkpoint", out / "checkpoint.pt", says=["step 2", "--resume"])
     assert run("--resume", "--data", f"{data}/", "--out", out) == 0  # the slash is no other set
     assert results(out) == results(trained.out)
     np.testing.assert_array_equal(numbers(out, *EXACT), numbers(trained.out, *EXACT))
@@ -1581,7 +1598,7 @@ def test_the_checkpoint_of_cada_on_cnc_is_one_of_cnc(on_cnc, cnc_trained, tmp_pa
 def test_a_detector_without_cada_cannot_be_evaluated_as_one(cnc_trained, fails):
     for words in (["eval"], ["predict", "x.png"]):
         fails(*words, *ON_CNC, "--checkpoint", cnc_trained.checkpoint,
-              says=["without CADA", f"--base cnc --checkpoint {cnc_trained.checkpoint}"])
+              says=["without CADA", f"--base cnc --checkpoint {cnc_trained.checkpoint} --out"])
 
 
 def test_base_cnc_without_cnc(data, fails, monkeypatch):
@@ -1599,11 +1616,15 @@ name, losses, spoil, *words = sys.argv[1:]
 script, rank = {"cada": cada, "cnc": cnc}[name], int(os.environ.get("RANK", 0))
 detector = {"cada": cada.RevDist, "cnc": cnc.CNC}[name]
 forward, found = detector.forward, []
+def no_memory(*args):
+    raise MemoryError
 def noted(self, *args, **more):
     if spoil == "memory" and rank == 1:
-        raise MemoryError
+        no_memory()
     if spoil == "kill" and rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
+    if spoil == "late" and rank == 0:
+        script.write_scores = no_memory  # in the report: all others are done by then
     loss = forward(self, *args, **more)
     found.append(loss.item())
     return loss
@@ -1637,20 +1658,21 @@ def work(session_path):
 
     def start(script, out, *words, spoil="-", count=2):
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count]
-        env = {k: v for k, v in os.environ.items() if k != "LOCAL_RANK"}
         return subprocess.run(
             [sys.executable, *map(str, torchrun if count > 1 else []), str(file), script.__name__,
              f"{out}-losses", spoil, *map(str, words), "--out", str(out)], capture_output=True,
             text=True, timeout=200,
-            env=env | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)})
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)})
 
     return start
 
 
 @pytest.mark.parametrize("script", [cada, cnc], ids=["cada", "cnc"])
-def test_two_processes_train_as_one_and_share_the_work(script, data, work, tmp_path):
-    """The same losses with the same global batches, and one report with every image once."""
-    words = ["--data", data, *FLAGS_OF[script]]
+def test_two_processes_train_as_one_and_share_the_work(script, tree, work, tmp_path):
+    """The same losses with the same global batches, and one report with every image once; one of
+    the test images has gone, so that the shares differ."""
+    (tree / "a/test/good/001.png").unlink()
+    words = ["--data", tree, *FLAGS_OF[script], "--cache", "off" if script is cnc else "ram"]
     for name, count in (("one", 1), ("two", 2)):
         done = work(script, tmp_path / name, *words, spoil="union" if count == 1 else "-",
                     count=count)
@@ -1673,17 +1695,27 @@ def test_two_processes_train_as_one_and_share_the_work(script, data, work, tmp_p
 
 
 @pytest.mark.parametrize("spoil, words, says", [
-    ("memory", "", "out of memory"), ("kill", "", "lost the connection"),
+    ("memory", "", "out of memory"), ("late", "", "out of memory"),
     ("-", "--batch-size 3", "--batch-size 3: must be a multiple of the 2 processes"),
-    ("-", "--data nowhere", "--data")], ids=["memory", "kill", "batch", "data"])
+    ("-", "--data nowhere", "--data")], ids=["memory", "late", "batch", "data"])
 def test_a_failed_process_ends_all_with_one_line(spoil, words, says, data, work, tmp_path):
     out = tmp_path / "out"
     done = work(cnc, out, "--data", data, *CNC_FLAGS, *words.split(), spoil=spoil)
     lines = [line for line in done.stderr.splitlines() if "cnc.py: error" in line]
     assert done.returncode != 0 and len(lines) == 1 and says in lines[0]
-    assert "class mean" not in done.stdout and not (out / "checkpoint.pt").exists()
+    assert "class mean" not in done.stdout
+    assert (out / "checkpoint.pt").exists() == (spoil == "late")
     ours = done.stderr.split("elastic")[0]  # torchrun itself ends with a report of its own
     assert "Traceback" not in ours
+
+
+def test_a_killed_process_ends_all(data, work, tmp_path):
+    """It cannot speak, and torchrun may end the others before they notice."""
+    done = work(cnc, tmp_path / "out", "--data", data, *CNC_FLAGS, spoil="kill")
+    lines = [line for line in done.stderr.splitlines() if "cnc.py: error" in line]
+    assert done.returncode != 0 and not (tmp_path / "out/checkpoint.pt").exists()
+    assert len(lines) <= 1 and "Signal 9" in done.stderr
+    assert "Traceback" not in done.stderr.split("elastic")[0]
 
 
 def test_batchnorm_of_several_processes_equals_pytorchs_in_one():
@@ -2111,3 +2143,256 @@ def test_cnc_no_network(error, data, monkeypatch, fails):
     ("predict nowhere.png", ["nowhere.png"])])
 def test_cnc_a_good_checkpoint_and_a_bad_command(words, says, cnc_trained, fails):
     fails(*words.split(), "--checkpoint", cnc_trained.checkpoint, says=says, script=cnc)
+
+# ---- benchmark: python test_smoke.py bench -------------------------------------------------------
+def in_turn(repeats: int = 5, **work) -> dict[str, float]:
+    """Median seconds of each function; they take turns, so that noise of the machine hits all."""
+    seconds = {name: [] for name in work}
+    for i in range(repeats + 1):
+        for name, function in work.items():
+            start = time.perf_counter()
+            function()
+            if i:  # the first round warms up
+                seconds[name].append(time.perf_counter() - start)
+    return {name: float(np.median(s)) for name, s in seconds.items()}
+
+
+def gmac(function) -> float:
+    """Billions of multiply-adds, counted by PyTorch. Attention's fast path hides its own."""
+    torch.backends.mha.set_fastpath_enabled(False)
+    with FlopCounterMode(display=False) as counter:
+        function()
+    torch.backends.mha.set_fastpath_enabled(True)
+    return counter.get_total_flops() / 2e9
+
+
+def report(what: str, value: str, target: str = "") -> None:
+    print(f"{what:<66}{value:>22}  {target}", flush=True)
+
+
+def photographs(folder: Path, n: int, side: int) -> list[cada.Sample]:
+    rng = np.random.default_rng(0)
+    return [cada.Sample(save(draw(rng, "a", (side, side), False)[0], folder / f"{i}.png"), "a", 0)
+            for i in range(n)]
+
+
+def steps(script, detector, source, cfg, batches):
+    """A function that trains on `batches`, as train_detector() does."""
+    parameters = [p for p in detector.parameters() if p.requires_grad]
+    optimizer = (torch.optim.Adam if script is cnc else torch.optim.AdamW)(parameters, 1e-3)
+    device = torch.device("cpu")
+
+    def work():
+        detector.train()
+        for features in script.feature_batches(source, batches, detector.teacher, device, 0):
+            optimizer.zero_grad(set_to_none=True)
+            detector(features).backward()
+            if script is cnc:
+                torch.nn.utils.clip_grad_norm_(parameters, cfg.clip)
+            optimizer.step()
+
+    return work
+
+
+def bench_cnc(folder: Path) -> None:
+    """Items 1 and 5 on ViT-B/16 with random weights, 224 x 224, 197 tokens of 768."""
+    cfg = cnc.Config(teacher="ViT-B-16", weights="none", device="cpu")
+    detector, device = cnc.build(cfg)
+    images = cnc.Images(photographs(folder, 16, 224), detector.preprocess)
+    cache = cnc.FeatureCache(detector.teacher, 16, cnc.image_loader(images, device, 0,
+                                                                    batch_size=8), "ram", folder)
+    epoch = {name: steps(cnc, detector, source, cfg, cnc.in_order(16, 8))
+             for name, source in (("cached", cache), ("off", images))}
+    bound = gmac(epoch["off"]) / gmac(epoch["cached"])
+    t = in_turn(**epoch)
+    report("CNC epoch, ViT-B/16, batch 8: --cache off / cached", f"{t['off'] / t['cached']:.2f} x",
+           f"at least 90 % of the bound by multiply-adds, {bound:.2f} x")
+    bench_evaluation("CNC, ViT-B/16", cnc, detector, images, device, 8)
+
+
+def bench_revdist(folder: Path) -> None:
+    """Items 2 and 5 on WideResNet50-2 with random weights, 256 x 256."""
+    cfg = cada.Config(weights="none", device="cpu")
+    detector, device = cada.build(cfg)
+    teacher = detector.teacher
+    images = cada.Images(photographs(folder, 4, 256), detector.preprocess)
+    batch = next(cada.image_loader(images, device, 0, batch_size=4))
+    cache = cada.FeatureCache(teacher, 4, [batch], "ram", folder)
+    whole = torchvision.models.wide_resnet50_2().eval().to(memory_format=torch.channels_last)
+
+    def with_gradients():
+        """The teacher as public code of RD runs it: layer4 too, and gradients of its weights."""
+        stem = whole.maxpool(whole.relu(whole.bn1(whole.conv1(batch))))
+        f1 = whole.layer1(stem)
+        f2 = whole.layer2(f1)
+        f3 = whole.layer3(f2)
+        whole.layer4(f3)
+        whole.zero_grad(set_to_none=True)
+        return [f1, f2, f3]
+
+    def step(encode):
+        optimizer = torch.optim.AdamW(detector.student.parameters(), 2e-3, amsgrad=True)
+
+        def work():
+            detector.train()
+            optimizer.zero_grad(set_to_none=True)
+            detector(encode()).backward()
+            optimizer.step()
+
+        return work
+
+    work = {"cached": step(lambda: cache.load([0, 1, 2, 3])), "off": step(lambda: teacher(batch)),
+            "public": step(with_gradients)}
+    macs = {name: gmac(function) for name, function in work.items()}
+    t = in_turn(**work)
+    for name, what, target in (("cached", "cached", 1.7), ("off", "--cache off", 1.4)):
+        report(f"RevDist step, WideResNet50-2, batch 4: as in public code / {what}",
+               f"{t['public'] / t[name]:.2f} x", f"at least {target} x (by multiply-adds "
+               f"{macs['public'] / macs[name]:.2f} x)")
+    bench_evaluation("RevDist, WideResNet50-2", cada, detector, images, device, 4)
+
+
+def bench_evaluation(name, script, detector, images, device, batch_size) -> None:
+    batches = list(script.image_loader(images, device, 0, batch_size=batch_size))
+
+    def teacher():
+        for x in batches:
+            detector.teacher(x)
+
+    @torch.no_grad()
+    def evaluation():
+        encoded = (detector.teacher(x) for x in script.image_loader(images, device, 0,
+                                                                    batch_size=batch_size))
+        script.image_score(script.smooth(script.describe_all(detector, encoded, len(images))[1]))
+
+    @torch.no_grad()
+    def networks():
+        for x in batches:
+            detector.describe(detector.teacher(x))
+
+    bound = gmac(networks) / gmac(teacher)
+    t = in_turn(teacher=teacher, evaluation=evaluation)
+    report(f"evaluation / the teacher's forward alone, {name}",
+           f"{t['evaluation'] / t['teacher']:.2f} x", f"at most 1.5 x (by multiply-adds "
+           f"{bound:.2f} x); {len(images) / t['evaluation']:.1f} images a second")
+
+
+def relabelling_loop(maps: np.ndarray, masks: np.ndarray, thresholds: int = 200) -> float:
+    """AUPRO as it is often computed: at each threshold each mask is labelled again."""
+    pro, fpr = [], []
+    for threshold in np.linspace(maps.min(), maps.max(), thresholds):
+        flagged, overlaps = maps > threshold, []
+        for f, mask in zip(flagged, masks):
+            labelled, n = ndimage.label(mask, np.ones((3, 3)))
+            overlaps += [f[labelled == k].mean() for k in range(1, n + 1)]
+        pro.append(np.mean(overlaps))
+        fpr.append(flagged[~masks].mean())
+    pro, fpr = np.array(pro[::-1]), np.array(fpr[::-1])
+    inside = fpr <= 0.3
+    return np.trapezoid(pro[inside], fpr[inside]) / 0.3
+
+
+def bench_metrics() -> None:
+    """Item 3: 80 maps of 256 x 256, half of them with a defect."""
+    masks = torch.zeros(80, 256, 256, dtype=torch.bool)
+    for i in range(0, 80, 2):
+        masks[i, i:i + 40, 60:90] = masks[i, 200:220, 2 * i:2 * i + 20] = True
+    generator = torch.Generator().manual_seed(0)
+    maps = cada.smooth(torch.rand(80, 256, 256, generator=generator)) + 0.05 * masks
+    labels, pixels = masks.flatten(1).any(1).numpy(), masks.flatten().numpy()
+    scores, flat = cada.image_score(maps).numpy(), maps.flatten().numpy()
+
+    def ours():
+        cada.pixel_metrics(maps, masks)
+        cada.image_metrics(scores, labels)
+
+    t = in_turn(ours=ours, loop=lambda: relabelling_loop(maps.numpy(), masks.numpy()),
+                sklearn=lambda: (roc_auc_score(pixels, flat),
+                                 average_precision_score(pixels, flat)))
+    report("200-threshold relabelling loop (AUPRO alone) / all seven metrics",
+           f"{t['loop'] / t['ours']:.1f} x", f"at least 10 x; all seven: {t['ours']:.2f} s")
+    report("scikit-learn's pixel AUROC and AP / all seven metrics",
+           f"{t['sklearn'] / t['ours']:.2f} x", "at least 2 x")
+    report("peak memory of the pixel metrics, 5.2 M pixels",
+           f"{bytes_a_pixel(80):.0f} bytes a pixel")
+
+
+def dense_mixture(moe: cnc.GatedMoE, x: torch.Tensor) -> torch.Tensor:
+    """The mixture by its formula: every expert computes every token."""
+    weights, chosen, probabilities = moe.route(x.flatten(0, 1))
+    gate = torch.zeros_like(probabilities).scatter(1, chosen, weights).view(*x.shape[:2], -1)
+    return sum(gate[..., k:k + 1] * expert(x) for k, expert in enumerate(moe.experts))
+
+
+def bench_mixture() -> None:
+    """Item 4: 577 tokens x 1024, batch 8, forward and backward."""
+    moe, x = cnc.GatedMoE(1024), torch.randn(8, 577, 1024, requires_grad=True)
+    t = in_turn(gated=lambda: moe(x)[0].sum().backward(),
+                dense=lambda: dense_mixture(moe, x).sum().backward())
+    report("mixture of experts: every expert computed / only the chosen",
+           f"{t['dense'] / t['gated']:.2f} x", "above 1 x (by multiply-adds 2.50 x)")
+
+
+def growth(what: str, unit: str, sizes: list[int], function) -> None:
+    """Times of function(size), prepared outside the clock, and the exponent that fits them."""
+    t = in_turn(**{str(size): function(size) for size in sizes})
+    exponent = np.polyfit(np.log(sizes), np.log(list(t.values())), 1)[0]
+    print(f"{what:<44}" + "".join(f"{size:>7} {unit} {s:7.3f} s" for size, s in
+                                  zip(sizes, t.values())) + f"   exponent {exponent:.2f}",
+          flush=True)
+
+
+def bench_growth(folder: Path) -> None:
+    rng, device = torch.Generator().manual_seed(0), torch.device("cpu")
+    small = cada.RevDist(cada.Config(**TINY))
+
+    def fill(n):
+        images = torch.randn(n, 3, 64, 64, generator=rng)
+        return lambda: cada.FeatureCache(small.teacher, n, images.split(8), "ram", folder)
+
+    def revdist(side):
+        detector = cada.RevDist(cada.Config(**TINY | {"image_size": side})).train()
+        features = detector.teacher(torch.randn(4, 3, side, side, generator=rng))
+        return lambda: detector(features).backward()
+
+    def cnc_step(side):
+        detector = cnc.CNC(cnc.Config(**CNC_TINY | {"image_size": side})).train()
+        features = detector.teacher(torch.randn(4, 3, side, side, generator=rng))
+        return lambda: detector(features).backward()
+
+    def fit(n):
+        features = torch.randn(n, 128, generator=rng) + 3 * torch.eye(128)[torch.arange(n) % 8]
+        maps = torch.rand(n, 16, 16, generator=rng)
+        return lambda: cada.CADA(128).fit(features, maps)
+
+    def classes(n):
+        names = np.repeat([f"{k:02}" for k in range(n)], 8)
+        maps, labels = torch.rand(8 * n, 64, 64, generator=rng), np.tile([0, 1], 4 * n)
+        masks = torch.zeros(8 * n, 64, 64, dtype=torch.bool)
+        masks[1::2, 20:30, 20:30] = True
+        scores = cada.image_score(maps).numpy()
+        return lambda: cada.summarise(scores, labels, names, maps, masks, device)
+
+    growth("teacher features of n images", "images", [16, 32, 64, 128], fill)
+    growth("CADA.fit (at most 2,000 in the silhouette)", "images", [500, 1000, 2000, 4000], fit)
+    growth("RevDist step by image side", "pixels", [64, 128, 256], revdist)
+    growth("CNC step by image side (attention: tokens^2)", "pixels", [64, 128, 256], cnc_step)
+    growth("all metrics by classes of 8 images", "classes", [8, 16, 32, 64], classes)
+
+
+def bench() -> None:
+    """Print the table; nothing is written. Ratios of things timed in turn, median of five."""
+    torch.set_num_threads(os.cpu_count())
+    print(f"{os.cpu_count()} CPU cores, PyTorch {torch.__version__}, float32; random weights")
+    with TemporaryDirectory() as folder:
+        bench_cnc(Path(folder, "cnc"))
+        bench_revdist(Path(folder, "revdist"))
+        bench_metrics()
+        bench_mixture()
+        bench_growth(Path(folder))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["bench"]:
+        sys.exit("pytest -q test_smoke.py runs the tests; python test_smoke.py bench the benchmark")
+    bench()
