@@ -1686,7 +1686,7 @@ def train_detector(cfg, detector, source, n: int, device, content) -> dict:
     step counts.
     """
     parameters = [*detector.student.parameters(), *detector.prompts.parameters()]
-    optimizer = torch.optim.Adam(parameters, cfg.lr)  # [paper]
+    optimizer = torch.optim.Adam(parameters, cfg.lr, fused=True)  # Adam: [paper]; fused: faster
     steps_per_epoch = n / cfg.batch_size
     steps = max(1, round(cfg.epochs * steps_per_epoch))
     step, (rank, count) = 0, process()
