@@ -2,7 +2,8 @@ r"""CADA: one detector, one threshold, no class labels (arXiv:2404.00724), on Re
 
 Guo, Han, Lu, Zhang, Li. Absolute-Unified Multi-Class Anomaly Detection via Class-Agnostic
 Distribution Alignment, 2024. A reconstruction from public facts; every choice says where it comes
-from: [paper] stated there, [author] in public code of its first author, [ours] our reading.
+from: [paper] stated there, [author] in public code of its first author, [ours] Dn a reading of
+ours, the n-th departure in the README's ledger.
 
 The idea. A detector trained on many classes scores each class on a level of its own: a normal
 granite slab scores higher than a torn wire grid. So no single threshold can serve, and to rank all
@@ -27,9 +28,9 @@ paper                                        here
   RevDist, the base detector [paper]           Teacher, Student, RevDist
   cosine loss per flattened layer [author]     RevDist.loss
   anomaly map A [author]                       RevDist.describe
-  prediction of (u, gamma) [paper]             CADA.fit, CADA.predict; how: [ours]
+  prediction of (u, gamma) [paper]             CADA.fit, CADA.predict; [ours] D5
   alignment A' [author]                        normalise
-  Fig. 3-4: label known (oracle) [ours]        class_statistics
+  Fig. 4(a): label known (oracle)              class_statistics [ours] D7
   Fig. 5: score distributions                  plot_distributions
   absolute-unified evaluation [paper]          "pooled" in summarise
 
@@ -56,17 +57,20 @@ import math
 import os
 import platform
 import shutil
+import signal
 import sys
 import tempfile
 import time
 import types
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import (ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout,
-                        suppress)
+from contextlib import (AbstractContextManager, ExitStack, contextmanager, nullcontext,
+                        redirect_stderr, redirect_stdout, suppress)
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -74,6 +78,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+from filelock import FileLock, Timeout
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
@@ -81,6 +86,8 @@ from scipy import ndimage
 from sklearn.cluster import KMeans
 from sklearn.metrics import (average_precision_score, pairwise_distances, precision_recall_curve,
                              roc_auc_score, silhouette_score)
+from torch import Tensor
+from torch.distributed.nn.functional import all_reduce
 from torch.utils.data import DataLoader, Dataset
 from torchvision.models.resnet import BasicBlock, conv1x1, conv3x3
 from torchvision.transforms.functional import gaussian_blur
@@ -95,7 +102,7 @@ class UserError(Exception):
 
 
 @contextmanager
-def atomic(path: Path):
+def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it takes the name `path` only if the block succeeds.
 
     Raises UserError when the file cannot be written (no permission, full disk).
@@ -113,14 +120,28 @@ def atomic(path: Path):
             partial.unlink(missing_ok=True)
 
 
-def make_folder(path: Path) -> Path:
-    """Create the output folder before hours of work, not after. Raises UserError if that fails."""
+@contextmanager
+def output_folder(path: Path) -> Iterator[Path]:
+    """Create the output folder before hours of work, not after, and keep other runs out of it: the
+    files of two would mix. The lock goes with the process, even a killed one.
+
+    Raises UserError if it cannot be written to, or if another run has it.
+    """
+    lock = FileLock(path / ".lock")
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
-            return path
-    except OSError as e:
-        raise UserError(f"--out {path}: cannot write there ({e.strerror}); choose another")
+            if process()[0] == 0:  # under torchrun only rank 0 writes
+                lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"--out {path}: another run is writing there; choose another")
+    except (OSError, NotImplementedError) as e:  # the latter: a file system without locks
+        reason = getattr(e, "strerror", None) or e
+        raise UserError(f"--out {path}: cannot write there ({reason}); choose another")
+    try:
+        yield path
+    finally:
+        lock.release()
 
 
 def one_line(error: BaseException) -> str:
@@ -133,7 +154,7 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, UserError):
         return text
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; --resume goes on from the last checkpoint, if there was one yet"
+        return str(error) or "interrupted; --resume goes on from the last checkpoint, if any"
     if isinstance(error, MemoryError) or any(k in text.lower() for k in (
             "out of memory", "can't allocate memory", "not enough memory", "alloc_failed",
             "bus error")):
@@ -152,7 +173,7 @@ def process() -> tuple[int, int]:
 
 
 @contextmanager
-def joined_processes():
+def joined_processes() -> Iterator[None]:
     """Under torchrun, join the other processes; elsewhere do nothing.
 
     Only rank 0 speaks, but whichever fails first says why, and the others end in silence. Tensors
@@ -185,40 +206,24 @@ def share(samples: list) -> list:
     return samples[rank::count]
 
 
-def gather(part: torch.Tensor, n: int) -> torch.Tensor | None:
-    """Put the rows of all n shares, on the CPU, into their old order on rank 0; None elsewhere."""
+def gather(part: Tensor) -> Tensor | None:
+    """Put the rows of all shares, on the CPU, into their old order on rank 0; None elsewhere."""
     rank, count = process()
     if count == 1:
         return part
+    parts = [None] * count
+    dist.gather_object(part, None if rank else parts)
     if rank:
-        dist.send(part.contiguous(), 0)
         return None
-    whole = part.new_empty(n, *part.shape[1:])
-    whole[::count] = part
-    for r in range(1, count):
-        rows = part.new_empty(whole[r::count].shape)
-        dist.recv(rows, r)
+    whole = torch.cat(parts)
+    for r, rows in enumerate(parts):
         whole[r::count] = rows
     return whole
 
 
-class Sum(torch.autograd.Function):
-    """The sum of a tensor over all processes; what goes forward is summed backward, too."""
-
-    @staticmethod
-    def forward(ctx, x):
-        total = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return Sum.apply(gradient)
-
-
-def sum_over_processes(x: torch.Tensor) -> torch.Tensor:
+def sum_over_processes(x: Tensor) -> Tensor:
     """The same sum in every process, with gradient."""
-    return Sum.apply(x) if dist.is_initialized() else x
+    return all_reduce(x) if dist.is_initialized() else x
 
 
 def data_parallel(detector: nn.Module) -> nn.Module:
@@ -231,7 +236,7 @@ def data_parallel(detector: nn.Module) -> nn.Module:
 
 
 # ==== shared: options
-def option(default, help: str, choices: tuple | None = None):
+def option(default: object, help: str, choices: tuple | None = None) -> object:
     """A field of Config that is also a command-line flag; its help text is its documentation."""
     return field(default=default, metadata={"help": help, "choices": choices})
 
@@ -239,11 +244,12 @@ def option(default, help: str, choices: tuple | None = None):
 class Parser(argparse.ArgumentParser):
     """argparse that reports a wrong flag in one line, like every other mistake."""
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
 
 
-def parse_args(argv, config: type, description: str, *parents) -> tuple[str, list[str], dict]:
+def parse_args(argv: list[str] | None, config: type, description: str,
+               *parents: argparse.ArgumentParser) -> tuple[str, list[str], dict]:
     """Read `[train|eval|predict] [PATH ...] [--flag value ...]`: the fields of `config`, and what
     parsers in `parents` know.
 
@@ -312,12 +318,12 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name, local) if name == "cuda" else torch.device(name)
 
 
-def autocast(device: torch.device):
+def autocast(device: torch.device) -> AbstractContextManager:
     """bf16 on CUDA, full precision elsewhere: on a CPU or on MPS bf16 gains little or nothing."""
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
-def progress(items, what: str, **more):
+def progress(items: Iterable, what: str, **more: object) -> tqdm:
     """A progress bar with ETA on a terminal, silence elsewhere (a log file, a pipe, a test)."""
     return tqdm(items, desc=what, disable=None, leave=False, dynamic_ncols=True, **more)
 # ==== end shared
@@ -340,18 +346,20 @@ class Config:
     batch_size: int = option(16, "images a training step [author]")
     iters: int = option(5000, "training steps of the detector [author]")
     lr: float = option(2e-3, "AdamW learning rate, x 0.2 at 80 %% of iters [author]")
-    loss: str = option("flat", "cosine of a whole flattened layer [author] or by position [ours]",
+    loss: str = option("flat", "cosine of a whole flattened layer [author] or by position "
+                       "[ours] D8",
                        ("flat", "position"))
-    quantile: float = option(0.99, "share of normal training scores below the threshold [ours]")
+    quantile: float = option(0.99, "share of normal training scores below the threshold "
+                             "[ours] D1")
     cache: str = option("auto", "teacher features in memory, in a temporary file, or computed "
-                        "anew; auto: ram if half of the free memory holds them [ours]",
+                        "anew; auto: ram if half of the free memory holds them [ours] D2",
                         ("auto", "ram", "disk", "off"))
     checkpoint: str = option(None, "checkpoint to read (eval, predict, --resume); default: "
                              "checkpoint.pt in --out; for train: a trained detector to start from")
     resume: bool = option(False, "go on from the checkpoint of an interrupted training")
     workers: int = option(4, "processes that read images, at most one a CPU core")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Raise UserError for a value that cannot work."""
         for name in ("iters", "batch_size", "lr"):
             if not getattr(self, name) > 0:
@@ -370,7 +378,7 @@ class Config:
             raise UserError(f"--quantile {self.quantile}: must be above 0 and at most 1")
 
 
-# What replaces the defaults on the demo set, so that two CPU cores do it in minutes. [ours]
+# What replaces the defaults on the demo set, so that two CPU cores do it in minutes. [ours] D3
 DEMO = {"teacher": "resnet18", "weights": "none", "image_size": 128, "iters": 200, "workers": 0}
 # Flags that may differ between a checkpoint and the command that reads it.
 MAY_DIFFER = ("out", "device", "cache", "checkpoint", "resume", "workers")
@@ -475,7 +483,7 @@ def read_dataset(root: Path, test_only: bool = False) -> tuple[list[Sample], lis
 
 def check_samples(samples: list[Sample]) -> None:
     """Decode every file once: a broken one must stop the run before the training, not after."""
-    def check(sample):
+    def check(sample: Sample) -> None:
         size = load_image(sample.path).size
         if sample.mask and load_mask(sample.mask).shape != size[::-1]:
             raise UserError(f"mask {sample.mask} has another size than its image "
@@ -514,7 +522,7 @@ def load_mask(path: Path) -> np.ndarray:
     return mask.any(-1) if mask.ndim == 3 else mask
 
 
-def load_masks(samples: list[Sample], size: int) -> torch.Tensor | None:
+def load_masks(samples: list[Sample], size: int) -> Tensor | None:
     """Ground truth as (N, size, size) bool, or None for a set without masks.
 
     Binarised first and resized (nearest neighbour) after: the other way round thin defects blur.
@@ -538,7 +546,7 @@ class Preprocess:
     std: tuple = (0.229, 0.224, 0.225)
     resample: int = Image.BILINEAR
 
-    def __call__(self, image: Image.Image) -> torch.Tensor:
+    def __call__(self, image: Image.Image) -> Tensor:
         """An RGB image of any shape, squashed to (3, size, size) float32."""
         image = image.resize((self.size, self.size), self.resample)
         x = (np.asarray(image, np.float32) / 255 - np.float32(self.mean)) / np.float32(self.std)
@@ -548,13 +556,13 @@ class Preprocess:
 class Images(Dataset):
     """The preprocessed images of a list of samples."""
 
-    def __init__(self, samples: list[Sample], preprocess: Preprocess):
+    def __init__(self, samples: list[Sample], preprocess: Preprocess) -> None:
         self.samples, self.preprocess = samples, preprocess
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> Tensor:
         return self.preprocess(load_image(self.samples[i].path))
 # ==== end shared
 
@@ -576,7 +584,7 @@ class Teacher(nn.Module):
     Raises UserError for an unknown name and for weights that cannot be had or do not fit.
     """
 
-    def __init__(self, name: str, weights: str, seed: int):
+    def __init__(self, name: str, weights: str, seed: int) -> None:
         super().__init__()
         if name not in resnet_names():
             raise UserError(f"--teacher {name}: unknown; choose one of {', '.join(resnet_names())}")
@@ -590,12 +598,12 @@ class Teacher(nn.Module):
         self.layer1, self.layer2, self.layer3 = resnet.layer1, resnet.layer2, resnet.layer3
         self.requires_grad_(False).eval()
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> nn.Module:
         """Stay in eval mode whatever the parent does: the BatchNorm statistics are frozen too."""
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, x):
+    def forward(self, x: Tensor) -> list[Tensor]:
         with autocast(x.device):
             f1 = self.layer1(self.stem(x))
             f2 = self.layer2(f1)
@@ -603,8 +611,8 @@ class Teacher(nn.Module):
         return [f.half() for f in (f1, f2, f3)]
 
     @torch.no_grad()
-    def estimate_statistics(self, batches) -> None:
-        """Give a random teacher the BatchNorm statistics of the training images. [ours]
+    def estimate_statistics(self, batches: Iterable) -> None:
+        """Give a random teacher the BatchNorm statistics of the training images. [ours] D3
 
         Fresh statistics (mean 0, variance 1) let the activations of a random ResNet drift from
         layer to layer until all images look alike. momentum=None weighs all batches alike; the
@@ -654,7 +662,8 @@ def halve(channels_in: int, channels_out: int) -> nn.Sequential:
                          nn.BatchNorm2d(channels_out), nn.ReLU(inplace=True))
 
 
-def residual_stage(like, inputs: int, planes: int, depth: int, up: bool) -> nn.Sequential:
+def residual_stage(like: nn.Module, inputs: int, planes: int, depth: int,
+                   up: bool) -> nn.Sequential:
     """`depth` residual blocks of the kind in ResNet `like`; the first halves or doubles H and W.
 
     A stage that doubles is the teacher's stage mirrored: where the first block had a stride-2
@@ -684,7 +693,7 @@ class Student(nn.Module):
     wide_resnet50_2.
     """
 
-    def __init__(self, teacher_name: str):
+    def __init__(self, teacher_name: str) -> None:
         super().__init__()
         with torch.device("meta"):  # only its layout is read, so no memory is spent on it
             like = torchvision.models.get_model(teacher_name, weights=None)
@@ -700,7 +709,7 @@ class Student(nn.Module):
             if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, features):
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
         f1, f2, f3 = features
         code = self.bottleneck(torch.cat([self.fuse1(f1), self.fuse2(f2), f3], dim=1))
         d3 = self.decode3(code)
@@ -712,7 +721,7 @@ class CPUSyncBatchNorm(nn.BatchNorm2d):
     """BatchNorm2d whose batch is that of all processes. nn.SyncBatchNorm, PyTorch's own, has no
     CPU kernels."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
         count = process()[1]
@@ -749,14 +758,14 @@ class RevDist(nn.Module):
     raw anomaly map.
     """
 
-    def __init__(self, cfg: "Config"):
+    def __init__(self, cfg: Config) -> None:
         super().__init__()
         self.preprocess = Preprocess(cfg.image_size)
         self.flat = cfg.loss == "flat"
         self.teacher = Teacher(cfg.teacher, cfg.weights, cfg.seed)
         self.student = Student(cfg.teacher)
 
-    def decode(self, features):
+    def decode(self, features: list[Tensor]) -> tuple[list, list]:
         """The student's version of the teacher's features, both in float32 for the cosines."""
         # channels_last, like the weights: cuDNN's own layout (on a CPU no difference was measured).
         encoded = [f.float().contiguous(memory_format=torch.channels_last) for f in features]
@@ -764,20 +773,20 @@ class RevDist(nn.Module):
             decoded = self.student(encoded)
         return encoded, [d.float() for d in decoded]
 
-    def forward(self, features):
+    def forward(self, features: list[Tensor]) -> Tensor:
         """The loss: sum over layers of 1 - cosine, each layer one long vector of C*H*W [author], or
-        by position and averaged (--loss position) [ours]. Returns a scalar in 0..6."""
+        by position and averaged (--loss position) [ours] D8. Returns a scalar in 0..6."""
         start = 1 if self.flat else 2  # flatten (B, C, H, W) from C on, or (B, C, H*W) from H on
         return sum((1 - F.cosine_similarity(e.flatten(start), d.flatten(start), dim=1)).mean()
                    for e, d in zip(*self.decode(features)))
 
-    def describe(self, features):
+    def describe(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Teacher features -> (pooled (B, 2 * (C1+C2+C3)), raw anomaly map (B, S, S) in 0..2).
 
         Pooled over the whole image, frozen features tell the class more than the defect: that is
         why CADA reads these and not the student's. Mean *and* standard deviation over the positions
-        [ours]: with the mean alone, brightness drowns texture. align_corners=True [author] puts the
-        corner values of a layer's map on the corner pixels, so the three layers line up.
+        [ours] D6: with the mean alone, brightness drowns texture. align_corners=True [author] puts
+        the corner values of a layer's map on the corner pixels, so the three layers line up.
         """
         size, maps = (self.preprocess.size,) * 2, 0
         for e, d in zip(*self.decode(features)):
@@ -795,7 +804,7 @@ class CADA(nn.Module):
     The hard part: it must predict the statistics of a class, not of an image. A network trained on
     every image's own statistics learns the image's quirks, and a defect that moves the features
     takes u and gamma with it, which cancels the very signal. So our regressor is piecewise constant
-    [ours]: k-means finds the *implicit classes* of the training set in feature space, k is where
+    [ours] D5: k-means finds the *implicit classes* of the training set in feature space, k is where
     the silhouette is highest, and an image gets the mean statistics of its nearest centre. A defect
     then changes nothing unless it carries the pooled features over to another centre; and within
     an implicit class all images share one affine map, so their order stays.
@@ -805,14 +814,14 @@ class CADA(nn.Module):
 
     MAX_CLASSES = 40  # the silhouette is tried for 2 .. so many implicit classes
 
-    def __init__(self, in_features: int, classes: int = 1):
+    def __init__(self, in_features: int, classes: int = 1) -> None:
         """in_features: C of the pooled features. `classes` is needed only to load a state dict."""
         super().__init__()
         for name, shape in (("mean", in_features), ("std", in_features),
                             ("centres", (classes, in_features)), ("statistics", (classes, 2))):
             self.register_buffer(name, torch.zeros(shape))
 
-    def fit(self, features: torch.Tensor, maps: torch.Tensor, seed: int = 0) -> "CADA":
+    def fit(self, features: Tensor, maps: Tensor, seed: int = 0) -> CADA:
         """Learn from normal images: features (N, C), raw maps (N, H, W), float tensors on the CPU.
         No label, no gradient. Raises ValueError for other shapes."""
         if (features.shape[1:] != self.mean.shape or maps.ndim != 3
@@ -828,20 +837,20 @@ class CADA(nn.Module):
                                        for k in range(len(self.centres))])
         return self
 
-    def direction(self, features: torch.Tensor) -> torch.Tensor:
+    def direction(self, features: Tensor) -> Tensor:
         """(N, C) -> unit vectors (N, C): features standardised, or the largest channels would
-        decide alone; and without their length, so that no defect can take an image far away. [ours]
+        decide alone; and without length, so that no defect can take an image far away. [ours] D6
         """
         return F.normalize((features - self.mean) / self.std)
 
-    def predict(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def predict(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """(N, C) -> u (N,) and gamma (N,), gamma > u: those of the nearest implicit class."""
         distance = torch.cdist(self.direction(features), self.centres,
                                compute_mode="donot_use_mm_for_euclid_dist")  # same in any batch
         u, gamma = self.statistics[distance.argmin(1)].unbind(1)
         return u, gamma
 
-    def align(self, features: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    def align(self, features: Tensor, maps: Tensor) -> Tensor:
         """(N, C) and (N, H, W) -> (N, H, W): 0 is the mean of normal maps of the class, 1 their
         maximum, whatever the class."""
         return normalise(maps, *self.predict(features))
@@ -854,12 +863,12 @@ def implicit_classes(x: np.ndarray, most: int, seed: int) -> KMeans:
     k is sought on 2,000 images at most, whose distances are computed once for all k. Clusters of
     fewer than four are left out: one odd image far from all others would else make "that one
     against the rest" the best cut of all. It knows no k = 1, so that is left for training sets too
-    small to cut. [ours]
+    small to cut. [ours] D5
     """
     rows = np.sort(np.random.default_rng(seed).permutation(len(x))[:2000])
     sample, distances = x[rows], pairwise_distances(x[rows])
 
-    def silhouette(model):
+    def silhouette(model: KMeans) -> float:
         sizes = np.bincount(model.labels_, minlength=model.n_clusters)
         kept = sizes[model.labels_] >= 4
         if sizes.min() == 0 or (sizes >= 4).sum() < 2:  # equal images leave clusters empty
@@ -875,21 +884,22 @@ def implicit_classes(x: np.ndarray, most: int, seed: int) -> KMeans:
     return KMeans(k, n_init=3, random_state=seed).fit(x)
 
 
-def map_statistics(maps: torch.Tensor) -> torch.Tensor:
+def map_statistics(maps: Tensor) -> Tensor:
     """(N, H, W) -> (N, 2): u, the mean, and gamma, the maximum, of each map; gamma > u even for a
     map without contrast."""
     u = maps.mean((1, 2))
     return torch.stack([u, maps.amax((1, 2)).maximum(u + 1e-6 * u.abs().clamp(min=1))], dim=1)
 
 
-def normalise(maps, u, gamma):
+def normalise(maps: Tensor, u: Tensor, gamma: Tensor) -> Tensor:
     """A' = (A - u) / (gamma - u), image by image: (N, H, W), (N,), (N,) -> (N, H, W). [author]"""
     return (maps - u[:, None, None]) / (gamma - u)[:, None, None]
 
 
 # ==== shared: map and score
-def smooth(maps: torch.Tensor) -> torch.Tensor:
-    """Gaussian blur of (N, H, W) maps, sigma 4 pixels at 256 x 256 and in proportion elsewhere.
+def smooth(maps: Tensor) -> Tensor:
+    """Gaussian blur of (N, H, W) maps, sigma 4 pixels at 256 x 256 and in proportion elsewhere
+    [ours] D4.
 
     Replicate padding keeps a constant map constant, and the kernel sums to one: so blurring
     commutes with (A - u) / (gamma - u), and normalising first [author] or after is the same.
@@ -905,7 +915,7 @@ def smooth(maps: torch.Tensor) -> torch.Tensor:
     return blurred
 
 
-def image_score(maps: torch.Tensor) -> torch.Tensor:
+def image_score(maps: Tensor) -> Tensor:
     """Mean of the highest 1 % of each map: (N, H, W) -> (N,). Steadier than the maximum. [author]
     """
     flat = maps.flatten(1)
@@ -913,25 +923,30 @@ def image_score(maps: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def describe_all(detector, batches, n: int):
-    """Run the detector over the teacher features of this process's share of n images.
+def describe_all(detector: nn.Module, batches: Iterable) -> tuple:
+    """Run the detector over the teacher features of this process's share of the images.
 
-    Returns pooled features (n, C) and raw maps (n, S, S), on the CPU; None on ranks above 0.
+    Returns pooled features (N, C) and raw maps (N, S, S) of all shares, on the CPU; None on ranks
+    above 0.
     """
     detector.eval()  # BatchNorm by its running statistics: a score must not depend on its batch
     pooled, maps = map(torch.cat, zip(*([t.cpu() for t in detector.describe(f)] for f in batches)))
     if not maps.isfinite().all():
         raise UserError("the anomaly maps are not finite: the training diverged; lower --lr")
-    return gather(pooled, n), gather(maps, n)
+    return gather(pooled), gather(maps)
 
 
-def quantile(scores: torch.Tensor, q: float) -> float:
-    """The q-quantile of normal training scores: a threshold that no test label has touched."""
+def quantile(scores: Tensor, q: float) -> float:
+    """The q-quantile of normal training scores: a threshold that no test label has touched.
+    [ours] D1"""
     return torch.quantile(scores.double(), q).item()
 # ==== end shared
 
 
 # ==== shared: metrics
+CPU = torch.device("cpu")
+
+
 def image_metrics(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """I-AUROC, I-AP, I-F1max in 0..1 of (N,) scores and 0/1 labels; NaN if one label is missing."""
     if labels.min() == labels.max():
@@ -942,7 +957,7 @@ def image_metrics(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
             "I-AP": average_precision_score(labels, scores), "I-F1max": f1.max()}
 
 
-def region_weights(masks: torch.Tensor) -> tuple[torch.Tensor, int]:
+def region_weights(masks: Tensor) -> tuple[Tensor, int]:
     """1 / area of its 8-connected region, for each anomalous pixel in the order of maps[masks]; and
     the number of regions."""
     weights, regions = [torch.zeros(0)], 0
@@ -954,7 +969,7 @@ def region_weights(masks: torch.Tensor) -> tuple[torch.Tensor, int]:
     return torch.cat(weights), regions
 
 
-def pixel_metrics(maps, masks, device=torch.device("cpu")) -> dict[str, float]:
+def pixel_metrics(maps: Tensor, masks: Tensor, device: torch.device = CPU) -> dict[str, float]:
     """P-AUROC, P-AP, P-F1max, AUPRO in 0..1 of (N, H, W) maps and bool masks, all from one sort.
 
     Every distinct value is a threshold. But overlap and true positives change only at values of
@@ -965,7 +980,7 @@ def pixel_metrics(maps, masks, device=torch.device("cpu")) -> dict[str, float]:
     """
     if device.type == "mps" or device.type == "cuda" and (
             torch.cuda.mem_get_info(device)[0] < 40 * maps.numel()):
-        device = torch.device("cpu")  # MPS has no float64; a small GPU not the memory
+        device = CPU  # MPS has no float64; a small GPU not the memory
     (weights, regions), flat = region_weights(masks), maps.flatten().to(device)
     n, positives = len(flat), len(weights)
     if not 0 < positives < n:
@@ -982,7 +997,7 @@ def pixel_metrics(maps, masks, device=torch.device("cpu")) -> dict[str, float]:
                        for right in (False, True))  # pixels >= and > each threshold
     zero, negatives = tp.new_zeros(1), n - positives
 
-    def curve(at, last):
+    def curve(at: Tensor, last: float) -> Tensor:
         """From the origin: what holds just before and at each threshold; and at the very end."""
         earlier = torch.cat([zero, at[:-1]])
         return torch.cat([zero, torch.stack([earlier, at], dim=1).flatten(), zero + last])
@@ -1002,14 +1017,16 @@ def pixel_metrics(maps, masks, device=torch.device("cpu")) -> dict[str, float]:
             "AUPRO": below.item() / 0.3}
 
 
-def summarise(scores, labels, classes, maps=None, masks=None, device=torch.device("cpu")) -> dict:
+def summarise(scores: np.ndarray, labels: np.ndarray, classes: np.ndarray,
+              maps: Tensor | None = None, masks: Tensor | None = None,
+              device: torch.device = CPU) -> dict:
     """All metrics by both protocols: {"pooled": {}, "class_mean": {}, "per_class": {class: {}}}.
 
     pooled: all classes in one ranking, as one threshold sees them (absolute-unified).
     class_mean: a ranking per class, then the unweighted mean (model-unified); a class without good
     or without defective images has no such metric (NaN) and does not count.
     """
-    def metrics(rows):
+    def metrics(rows: np.ndarray) -> dict[str, float]:
         found = image_metrics(scores[rows], labels[rows])
         return found | ({} if masks is None else pixel_metrics(maps[rows], masks[rows], device))
 
@@ -1040,14 +1057,15 @@ def free_memory() -> int | None:
 
 
 class FeatureCache:
-    """The teacher's features of all training images, computed once, float16.
+    """The teacher's features of all training images, computed once, float16. [ours] D2
 
     Training uses no augmentation, so every epoch would compute the same ones again. One float16
     array (N, values per image), in memory or in an unnamed file in `folder`: it goes with the
     process, even a killed one, so it can never be stale.
     """
 
-    def __init__(self, encode, n: int, batches, where: str, folder: Path):
+    def __init__(self, encode: Callable, n: int, batches: Iterable, where: str,
+                 folder: Path) -> None:
         """`batches` yields the `n` images in order, (B, 3, S, S) each."""
         row = 0
         for x in batches:
@@ -1083,16 +1101,17 @@ class FeatureCache:
             raise UserError(f"--cache disk: cannot reserve {size / 2**30:.1f} GiB in {folder} "
                             f"({e}); free the space, choose another --out, or use --cache off")
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.array)
 
-    def load(self, rows: list[int]) -> list[torch.Tensor]:
+    def load(self, rows: list[int]) -> list[Tensor]:
         """The features of some images as the teacher gives them: a list of layers, (B, ...)."""
         parts = torch.from_numpy(self.array[rows]).split([s.numel() for s in self.shapes], dim=1)
         return [p.unflatten(1, s) for p, s in zip(parts, self.shapes)]
 
 
-def feature_batches(source, batches, teacher, device, workers: int):
+def feature_batches(source: FeatureCache | Images, batches: list[list[int]], teacher: nn.Module,
+                    device: torch.device, workers: int) -> Iterator[list[Tensor]]:
     """Yield the teacher's features for lists of indices: from a FeatureCache, or (--cache off) from
     the images, computed anew."""
     if isinstance(source, FeatureCache):
@@ -1106,7 +1125,8 @@ def feature_batches(source, batches, teacher, device, workers: int):
             yield teacher(x)
 
 
-def image_loader(images: Images, device: torch.device, workers: int, **batching):
+def image_loader(images: Images, device: torch.device, workers: int,
+                 **batching: object) -> Iterator[Tensor]:
     """Batches of images (B, 3, S, S) on the device. Its generator is its own, so that loading draws
     nothing from the one that training uses, and a resumed run draws the same."""
     workers = min(workers, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -1116,13 +1136,13 @@ def image_loader(images: Images, device: torch.device, workers: int, **batching)
         yield to_device(x, device)
 
 
-def image_batches(images: Images, cfg: Config, device):
+def image_batches(images: Images, cfg: Config, device: torch.device) -> Iterable[Tensor]:
     """Preprocessed images in order, batch by batch, on the device."""
     return progress(image_loader(images, device, cfg.workers, batch_size=cfg.batch_size), "images",
                     total=math.ceil(len(images) / cfg.batch_size))
 
 
-def to_device(images: torch.Tensor, device: torch.device) -> torch.Tensor:
+def to_device(images: Tensor, device: torch.device) -> Tensor:
     """Copy an image batch to the device, in the layout that convolutions are fast in."""
     return images.to(device, memory_format=torch.channels_last, non_blocking=True)
 
@@ -1199,7 +1219,7 @@ def stored_config(content: dict, given: dict, free: tuple, path: Path) -> dict:
             | {k: v for k, v in given.items() if k in free})
 
 
-def check_teacher(teacher, content: dict) -> None:
+def check_teacher(teacher: nn.Module, content: dict) -> None:
     """Give a random teacher its stored weights; of any other, compare the identity.
 
     Raises UserError if the teacher at hand is not the one the checkpoint was trained with.
@@ -1222,7 +1242,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def without_nan(value):
+def without_nan(value: object) -> object:
     """NaN is no JSON: an undefined metric becomes null."""
     if isinstance(value, dict):
         return {k: without_nan(v) for k, v in value.items()}
@@ -1259,46 +1279,72 @@ def write_scores(path: Path, samples: list[Sample], columns: dict[str, np.ndarra
             writer.writerow([s.path, s.cls, s.label, *(c[i].item() for c in columns.values())])
 
 
-def save_figure(path: Path, figure) -> None:
+# Okabe and Ito's colours, told apart by colour-blind readers too.
+BLUE, VERMILION = "#0072B2", "#D55E00"
+
+
+def save_figure(path: Path, figure: Figure) -> None:
     """Write a PNG, whole or not at all."""
     with atomic(path) as partial:
-        figure.savefig(partial, dpi=110, bbox_inches="tight", facecolor="white")
+        figure.savefig(partial, dpi=150, bbox_inches="tight", facecolor="white")
 
 
-def plot_heatmaps(path: Path, samples, masks, maps: dict[str, tuple]) -> None:
-    """A row a class: one good and one defective image (the middle ones of the class's lists, not
-    picked by hand), each with its ground truth and each of `maps`: {title: (maps, full scale)}.
+def middle(samples: list[Sample], label: int) -> dict[str, int]:
+    """{class: index} of each class's middle good (0) or defective (1) image: not picked by hand."""
+    found = {}
+    for i, s in enumerate(samples):
+        if s.label == label:
+            found.setdefault(s.cls, []).append(i)
+    return {c: rows[len(rows) // 2] for c, rows in found.items()}
 
-    Every map of a column is drawn on one scale, 0 to full scale: scaling each image by itself would
-    paint good images red.
+
+def picture_rows(samples: list[Sample], masks: Tensor | None, layers: dict,
+                 label: int) -> list[tuple]:
+    """Rows for plot_rows(): image, ground truth if defective, then `layers`, each {name: (maps
+    (N, h, w), low, high, colours, meaning)}."""
+    chosen, kind = middle(samples, label), ("good", "defective")[label]
+    if not chosen:
+        return []
+    images = {c: load_image(samples[i].path).resize((160, 160)) for c, i in chosen.items()}
+    rows = [(f"{kind}\nimage", images, 0, 255, "gray", "")]
+    if label and masks is not None:
+        truth = {c: masks[i] for c, i in chosen.items()}
+        rows.append(("ground truth", truth, 0, 1, "gray", ""))
+    return rows + [(name, {c: maps[i] for c, i in chosen.items()}, *scale)
+                   for name, (maps, *scale) in layers.items()]
+
+
+def plot_rows(path: Path, title: str, rows: list[tuple]) -> None:
+    """A column a class; rows (name, {class: picture}, low, high, colours, meaning of the values).
+
+    Every map of a row is drawn on one fixed scale, the bar at its right: scaling each image by
+    itself would paint good images red.
     """
-    classes = sorted({s.cls for s in samples})
-    titles = ["image"] + (["truth"] if masks is not None else []) + list(maps)
-    figure = Figure(figsize=(1.25 * 2 * len(titles), 1.25 * len(classes) + 0.4))
-    axes = figure.subplots(len(classes), 2 * len(titles), squeeze=False,
-                           gridspec_kw={"wspace": 0.04, "hspace": 0.04})
-    for ax in axes.flat:
-        ax.axis("off")
-    for row, cls in zip(axes, classes):
-        for label, cells in enumerate((row[:len(titles)], row[len(titles):])):
-            index = [i for i, s in enumerate(samples) if s.cls == cls and s.label == label]
-            if not index:
-                continue
-            i, size = index[len(index) // 2], next(iter(maps.values()))[0].shape[1:]
-            cells[0].imshow(load_image(samples[i].path).resize(size))
-            if masks is not None:
-                cells[1].imshow(masks[i].numpy(), cmap="gray", vmin=0, vmax=1)
-            for cell, (values, full) in zip(cells[-len(maps):], maps.values()):
-                cell.imshow(values[i].numpy(), cmap="inferno", vmin=0, vmax=full)
-        row[0].text(-0.08, 0.5, cls, transform=row[0].transAxes, ha="right", va="center")
-    for k, ax in enumerate(axes[0]):
-        kind = "good" if k < len(titles) else "defective"
-        ax.set_title(f"{titles[k % len(titles)]}\n{kind}" if k % len(titles) == 0
-                     else f"{titles[k % len(titles)]}\n", fontsize=9)
+    classes = sorted({c for row in rows for c in row[1]})
+    figure = Figure(figsize=(1.3 * len(classes) + 2.2, 1.3 * len(rows) + 0.6), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+    axes = figure.subplots(len(rows), len(classes) + 1, squeeze=False,
+                           width_ratios=[1] * len(classes) + [0.1])
+    for (*cells, bar), (name, pictures, low, high, colours, meaning) in zip(axes, rows):
+        for cell, cls in zip(cells, classes):
+            cell.set(xticks=[], yticks=[])
+            cell.spines[:].set_visible(False)
+            if cls in pictures:
+                shown = cell.imshow(np.asarray(pictures[cls]), cmap=colours, vmin=low, vmax=high)
+        cells[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=12)
+        if meaning:
+            ticks = None if isinstance(colours, str) else range(1, colours.N + 1)
+            figure.colorbar(shown, cax=bar, ticks=ticks).set_label(meaning, fontsize=10)
+        else:
+            bar.set_axis_off()
+    for cell, cls in zip(axes[0][:-1], classes):
+        cell.set_title(cls, fontsize=12)
+    figure.suptitle(title, fontsize=14)
     save_figure(path, figure)
 
 
-def threshold_line(threshold, quantile, anomalous, labels) -> str:
+def threshold_line(threshold: float, quantile: float, anomalous: np.ndarray,
+                   labels: np.ndarray) -> str:
     """How the one threshold does on the test set, which had no part in choosing it."""
     rates = (f"{100 * anomalous[labels == label].mean():.1f} % of the {name}"
              for label, name in ((0, "good"), (1, "defective")) if (labels == label).any())
@@ -1327,7 +1373,7 @@ def overlay_path(folder: Path, image: Path) -> Path:
     return folder.joinpath(*parts[:-1], parts[-1] + ".png")
 
 
-def write_overlay(path: Path, image: Image.Image, anomaly_map: torch.Tensor, full: float) -> None:
+def write_overlay(path: Path, image: Image.Image, anomaly_map: Tensor, full: float) -> None:
     """The image with its heat map on it, at the image's own size.
 
     One fixed scale: 0 is clear, `full` (twice the threshold) the hottest. Heat covers in proportion
@@ -1340,40 +1386,62 @@ def write_overlay(path: Path, image: Image.Image, anomaly_map: torch.Tensor, ful
         Image.composite(colour, image, heat.point(lambda value: 0.8 * value)).save(partial)
 
 
-def plot_distributions(path: Path, panels: dict[str, tuple], labels, classes) -> None:
-    """Score histograms by class, normal and anomalous, one panel above the other.
+def plot_distributions(path: Path, title: str, panels: dict[str, tuple], labels: np.ndarray,
+                       classes: np.ndarray) -> None:
+    """Score histograms by class, normal above the line and anomalous below it, a panel a column.
 
-    panels: {title: (scores (N,), threshold)}. Where normal scores of all classes end at the same
-    place, one threshold serves them all.
+    panels: {title: (scores (N,), threshold)}. Where the normal scores of all classes end at the
+    same place, one threshold serves them all.
     """
-    names = sorted(set(classes))
-    figure = Figure(figsize=(8, 1 + len(panels) * (0.6 + 0.36 * len(names))))
-    for ax, (title, (scores, threshold)) in zip(figure.subplots(len(panels), squeeze=False)[:, 0],
-                                                panels.items()):
+    names = sorted(set(classes), reverse=True)  # upwards, as the axis goes
+    figure = Figure(figsize=(1 + 5.5 * len(panels), 1.6 + 0.6 * len(names)), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.05)
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for ax, (what, (scores, threshold)) in zip(axes, panels.items()):
         low, high = np.quantile(scores, [0, 0.98])
         bins = np.linspace(low, max(high, threshold) + 1e-9, 40)
-        for row, name in enumerate(reversed(names)):
-            for label, colour in ((0, "tab:blue"), (1, "tab:red")):
+        for row, name in enumerate(names):
+            for label, sign, colour in ((0, 1, BLUE), (1, -1, VERMILION)):
                 rows = (classes == name) & (labels == label)
                 counts, _ = np.histogram(scores[rows].clip(bins[0], bins[-1]), bins)
-                ax.stairs(row + 0.9 * counts / max(counts.max(), 1), bins, baseline=row, fill=True,
-                          color=colour, alpha=0.55, label=("normal", "anomalous")[label]
-                          if row == 0 else None)
-        ax.axvline(threshold, color="black", linewidth=1, linestyle="--", label="threshold")
-        ax.set_yticks(np.arange(len(names)) + 0.3, reversed(names))
-        ax.set_title(title, loc="left", fontsize=10)
+                ax.stairs(row + sign * 0.42 * counts / max(counts.max(), 1), bins, baseline=row,
+                          fill=True, color=colour,
+                          label=None if row else ("normal", "anomalous")[label])
+            ax.axhline(row, color="lightgrey", linewidth=0.8)
+        ax.axvline(threshold, color="black", linestyle="--", label="threshold")
+        ax.set_yticks(range(len(names)), names, fontsize=12)
+        ax.set_title(what, fontsize=12)
+        ax.set_xlabel("image score (last bin: that and above)", fontsize=11)
         ax.spines[["top", "right", "left"]].set_visible(False)
         ax.tick_params(left=False)
-    figure.axes[0].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=9,
-                          frameon=False)
-    figure.axes[-1].set_xlabel("image score (last bin: that and above)")
-    figure.tight_layout()
+    axes[0].set_ylabel("class", fontsize=11)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
+                  fontsize=11, frameon=False)
+    figure.suptitle(title, fontsize=14)
     save_figure(path, figure)
 # ==== end shared
 
 
 # ==== shared: training a detector
-def fit_detector(cfg, detector, samples: list[Sample], device, content: dict | None):
+@contextmanager
+def polite_interrupt() -> Iterator[list]:
+    """Let Ctrl-C wait for the end of a step: yields a list that is not empty once it was pressed.
+    Pressed a second time, it interrupts at once."""
+    pressed = []
+
+    def handler(number: int, frame: types.FrameType | None) -> None:
+        pressed.append(number)
+        signal.signal(signal.SIGINT, previous)
+
+    previous = signal.signal(signal.SIGINT, handler)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def fit_detector(cfg: Config, detector: nn.Module, samples: list[Sample], device: torch.device,
+                 content: dict | None) -> tuple:
     """Train on normal images, from where `content` (a checkpoint's) stopped; then describe them.
 
     Returns the checkpoint's new content, pooled features (N, C) and raw maps (N, S, S) of all
@@ -1394,8 +1462,7 @@ def fit_detector(cfg, detector, samples: list[Sample], device, content: dict | N
     content = train_detector(cfg, detector, source, len(samples), device, content)
     order = in_order(len(images), cfg.batch_size)
     batches = feature_batches(source, order, detector.teacher, device, cfg.workers)
-    return content, *describe_all(detector, progress(batches, "anomaly maps", total=len(order)),
-                                  len(samples))
+    return content, *describe_all(detector, progress(batches, "anomaly maps", total=len(order)))
 # ==== end shared
 
 
@@ -1422,33 +1489,33 @@ def build(cfg: Config, content: dict | None = None) -> tuple[RevDist, torch.devi
     return detector.to(device, memory_format=torch.channels_last), device
 
 
-def train(base, given: dict) -> None:
+def train(base: types.ModuleType, given: dict, started: float) -> None:
     """Train the detector of module `base`, or take a trained one (--checkpoint); fit CADA on the
     normal training images; evaluate once."""
-    started = time.time()
     path = checkpoint_path(given) if given.keys() & {"checkpoint", "resume"} else None
     if "resume" not in given:
         given = {"out": Config.out} | given  # by default not into the detector's own folder
     cfg, content = base.configure(given, path)
     train_set, test_set = read_dataset(Path(cfg.data))
     detector, device = base.build(cfg, content)
-    out = make_folder(Path(cfg.out))
-    base.say_what_runs(cfg, detector, device, train_set, test_set)
-    content, features, maps = base.fit_detector(cfg, detector, train_set, device, content)
-    cada = None
-    if maps is not None:  # under torchrun: rank 0 alone
-        cada = CADA(features.shape[1]).fit(features, maps, seed=cfg.seed)
-        (u, gamma), scores = cada.predict(features), image_score(smooth(maps))
-        aligned = (scores - u) / (gamma - u)  # a score is linear in its map: align it directly
-        content |= {"threshold": quantile(scores, cfg.quantile), "cada": {
-            "state": cada.state_dict(), "threshold": quantile(aligned, cfg.quantile),
-            "oracle": class_statistics(maps, [s.cls for s in train_set])}}
-        save_checkpoint(out / "checkpoint.pt", content)
-    del maps  # gigabytes, on a real set
-    evaluate(cfg, detector, cada, content, test_set, device, started)
+    with output_folder(Path(cfg.out)) as out:
+        base.say_what_runs(cfg, detector, device, train_set, test_set)
+        content, features, maps = base.fit_detector(cfg, detector, train_set, device, content)
+        cada = None
+        if maps is not None:  # under torchrun: rank 0 alone
+            cada = CADA(features.shape[1]).fit(features, maps, seed=cfg.seed)
+            (u, gamma), scores = cada.predict(features), image_score(smooth(maps))
+            aligned = (scores - u) / (gamma - u)  # a score is linear in its map: align it directly
+            content |= {"threshold": quantile(scores, cfg.quantile), "cada": {
+                "state": cada.state_dict(), "threshold": quantile(aligned, cfg.quantile),
+                "oracle": class_statistics(maps, [s.cls for s in train_set])}}
+            save_checkpoint(out / "checkpoint.pt", content)
+        del maps  # gigabytes, on a real set
+        evaluate(cfg, detector, cada, content, test_set, device, started)
 
 
-def say_what_runs(cfg, detector, device, train_set, test_set) -> None:
+def say_what_runs(cfg: Config, detector: nn.Module, device: torch.device, train_set: list[Sample],
+                  test_set: list[Sample]) -> None:
     """What is about to happen, on standard error."""
     classes = len({s.cls for s in train_set})
     print(f"{len(train_set)} training and {len(test_set)} test images of {classes} classes; "
@@ -1460,7 +1527,8 @@ def say_what_runs(cfg, detector, device, train_set, test_set) -> None:
               "method works, its numbers are not the paper's", file=sys.stderr)
 
 
-def train_detector(cfg, detector, source, n: int, device, content) -> dict:
+def train_detector(cfg: Config, detector: nn.Module, source: FeatureCache | Images, n: int,
+                   device: torch.device, content: dict | None) -> dict:
     """The training loop. Returns the content of a checkpoint. Raises UserError on a NaN loss.
 
     source: what this process trains on, of n images in all (not needed here: --iters counts steps).
@@ -1488,7 +1556,7 @@ def train_detector(cfg, detector, source, n: int, device, content) -> dict:
                    "training", total=cfg.iters, initial=step)
     save_every = max(1, cfg.iters // 10)
 
-    def state():
+    def state() -> dict:
         teacher = detector.teacher
         return {"detector": NAME, "config": asdict(cfg), "step": step,
                 "student": student.state_dict(), "optimizer": optimizer.state_dict(),
@@ -1496,37 +1564,42 @@ def train_detector(cfg, detector, source, n: int, device, content) -> dict:
                 "teacher": {"identity": teacher.identity(),
                             "state": teacher.state_dict() if teacher.random else None}}
 
-    for features in bar:
-        loss = engine(features)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        step += 1
-        if step % save_every == 0 or step % 20 == 0 or step == cfg.iters:
-            value = sum_over_processes(loss.detach()).item() / count  # waits for the GPU: seldom
-            if not math.isfinite(value):
-                raise UserError(f"the loss is {value} at step {step}; lower --lr {cfg.lr}")
-            bar.set_postfix(loss=f"{value:.4f}")
-        if step % save_every == 0 and step < cfg.iters and rank == 0:
-            save_checkpoint(Path(cfg.out) / "checkpoint.pt", state())
+    with polite_interrupt() as interrupted:
+        for features in bar:
+            loss = engine(features)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            step += 1
+            due = step % save_every == 0 or step == cfg.iters
+            if due or step % 20 == 0:  # seldom: it waits for the GPU
+                value = sum_over_processes(loss.detach()).item() / count
+                if not math.isfinite(value):
+                    raise UserError(f"the loss is {value} at step {step}; lower --lr {cfg.lr}")
+                bar.set_postfix(loss=f"{value:.4f}")
+            if (due or interrupted) and rank == 0:
+                save_checkpoint(Path(cfg.out) / "checkpoint.pt", state())
+            if interrupted:
+                raise KeyboardInterrupt(f"interrupted at step {step}; go on with --resume")
     return state()
 
 
-def class_statistics(maps: torch.Tensor, classes: list[str]) -> dict[str, list[float]]:
-    """{class: [u, gamma]}, the class means of the training images: the label oracle. [ours]"""
+def class_statistics(maps: Tensor, classes: list[str]) -> dict[str, list[float]]:
+    """{class: [u, gamma]}, the class means of the training images: the label oracle. [ours] D7"""
     statistics, names = map_statistics(maps), np.array(classes)
     return {c: statistics[names == c].mean(0).tolist() for c in sorted(set(classes))}
 
 
-def evaluate(cfg, detector, cada, content, test_set, device, started) -> None:
+def evaluate(cfg: Config, detector: nn.Module, cada: CADA | None, content: dict,
+             test_set: list[Sample], device: torch.device, started: float) -> None:
     """Score the test set raw, aligned by CADA and by the label oracle; write and print it all."""
     out, labels = Path(cfg.out), np.array([s.label for s in test_set])
     classes, masks = np.array([s.cls for s in test_set]), load_masks(
         test_set, detector.preprocess.size)
     images = Images(share(test_set), detector.preprocess)
     encoded = (detector.teacher(x) for x in image_batches(images, cfg, device))
-    features, maps = describe_all(detector, encoded, len(test_set))
+    features, maps = describe_all(detector, encoded)
     if maps is None:
         return  # rank 0 has them all, and does the rest
     maps = smooth(maps)  # once for all three: aligning commutes with blurring
@@ -1544,11 +1617,14 @@ def evaluate(cfg, detector, cada, content, test_set, device, started) -> None:
     anomalous = scores["cada"] > threshold
     write_scores(out / "scores.csv", test_set,
                  scores | {"u": u.numpy(), "gamma": gamma.numpy(), "anomalous": anomalous})
-    plot_heatmaps(out / "heatmaps.png", test_set, masks, {
-        "raw": (maps, 2 * raw_threshold), "aligned": (aligned["cada"], 2 * threshold)})
-    plot_distributions(out / "distributions.png", {
-        "raw scores": (scores["raw"], raw_threshold),
-        "aligned by CADA": (scores["cada"], threshold)}, labels, classes)
+    layers = {"raw map": (maps, 0, 2 * raw_threshold, "inferno", "raw"),
+              "aligned": (aligned["cada"], 0, 2 * threshold, "inferno", "aligned")}
+    plot_rows(out / "heatmaps.png", "Anomaly maps, raw and aligned by CADA", [
+        row for label in (0, 1) for row in picture_rows(test_set, masks, layers, label)])
+    panels = {"raw": (scores["raw"], raw_threshold), "cada": (scores["cada"], threshold)}
+    plot_distributions(out / "distributions.png", "Scores of normal and anomalous test images", {
+        f"{name}: pooled I-AUROC {100 * results[name]['pooled']['I-AUROC']:.1f} %": panel
+        for name, panel in panels.items()}, labels, classes)
     write_json(out / "metrics.json", {
         "script": "cada", "detector": content["detector"], "config": asdict(cfg),
         "versions": versions(),
@@ -1562,13 +1638,13 @@ def evaluate(cfg, detector, cada, content, test_set, device, started) -> None:
     print(threshold_line(threshold, cfg.quantile, anomalous, labels))
 
 
-def predict(base, given: dict, paths: list[str]) -> None:
+def predict(base: types.ModuleType, given: dict, paths: list[str]) -> None:
     """Print one JSON line an image and write an overlay of its own size; no data set is needed."""
     cfg, detector, cada, content, device = load_trained(base, given)
     files, threshold = find_images(paths), content["cada"]["threshold"]
     batches = image_batches(Images(files, detector.preprocess), cfg, device)
     for i, x in enumerate(batches):
-        features, maps = describe_all(detector, [detector.teacher(x)], len(x))
+        features, maps = describe_all(detector, [detector.teacher(x)])
         statistics = cada.predict(features)
         maps = normalise(smooth(maps), *statistics)
         for sample, score, amap, u, gamma in zip(files[i * cfg.batch_size:],
@@ -1581,7 +1657,7 @@ def predict(base, given: dict, paths: list[str]) -> None:
                               "overlay": str(target)}))
 
 
-def load_trained(base, given: dict):
+def load_trained(base: types.ModuleType, given: dict) -> tuple:
     """Settings, detector, CADA, checkpoint and device for eval and predict."""
     path = checkpoint_path(given)
     content = load_checkpoint(path, base.NAME)
@@ -1594,14 +1670,13 @@ def load_trained(base, given: dict):
     cfg = base.Config(**stored_config(content, given, base.MAY_DIFFER + ("data", "batch_size"),
                                       path))
     detector, device = base.build(cfg, content)
-    make_folder(Path(cfg.out))
     classes, in_features = content["cada"]["state"]["centres"].shape
     cada = CADA(in_features, classes)
     cada.load_state_dict(content["cada"]["state"])
     return cfg, detector, cada, content, device
 
 
-def choose_base(argv) -> tuple[types.ModuleType, Parser]:
+def choose_base(argv: list[str] | None) -> tuple[types.ModuleType, Parser]:
     """The module whose detector CADA aligns, this one or cnc.py, and the parser that knows --base.
 
     Both have Config, configure, build, say_what_runs, fit_detector, NAME and MAY_DIFFER. It is read
@@ -1622,27 +1697,28 @@ def choose_base(argv) -> tuple[types.ModuleType, Parser]:
     return cnc, parser
 
 
-def main(argv=None) -> int:
-    """Run the command line; 0 on success, 2 after a mistake of the user's, told in one line."""
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; 0 on success, 2 after a mistake of the user's, told in one line, 130
+    after Ctrl-C."""
+    started = time.time()
     try:
         with joined_processes():
             base, parser = choose_base(argv)
             command, paths, given = parse_args(argv, base.Config, __doc__, parser)
             del given["base"]
             if command == "train":
-                train(base, given)
+                train(base, given, started)
             elif command == "predict":
                 predict(base, given, paths)
             else:
-                started = time.time()
                 cfg, *parts, device = load_trained(base, given)
                 test_set = read_dataset(Path(cfg.data), test_only=True)[1]
-                evaluate(cfg, *parts, test_set, device, started)
+                with output_folder(Path(cfg.out)):
+                    evaluate(cfg, *parts, test_set, device, started)
         return 0
     except (Exception, KeyboardInterrupt) as e:
-        message = one_line(e)
-    print(f"cada.py: error: {message}", file=sys.stderr)
-    return 2
+        print(f"cada.py: error: {one_line(e)}", file=sys.stderr)
+        return 130 if isinstance(e, KeyboardInterrupt) else 2
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@ r"""CNC: language keeps the decoder from reproducing defects (AAAI 2025, arXiv:2
 
 Wang, Wang, Bai, Lim, Xiao. CNC: Cross-modal Normality Constraint for Unsupervised Multi-class
 Anomaly Detection, 2025. A reconstruction from public facts; every choice says where it comes from:
-[paper] stated there, [port] seen only in a third-party port, [ours] our reading.
+[paper] stated there, [port] seen only in a third-party port, [ours] Dn a reading of ours, the n-th
+departure in the README's ledger.
 
 The idea. A frozen CLIP describes the image, and a decoder that has seen normal images only must
 reproduce the description; where it fails, the image is anomalous. But many classes teach the
@@ -29,13 +30,13 @@ paper                                          here
   class-agnostic learnable prompts [paper]       PromptLearner
   gated mixture-of-experts [paper]               GatedMoE
   fusion, decoder [port]                         Student
-  feature-level normality promotion [paper]      promote; form: [ours]
-  cross-modal normality constraint [paper]       CNC.constraint; form: [ours]
-  theta = 5 [paper]: epochs of warm-up [ours]    CNC.forward, train_detector
-  tau = 0.001 [paper], its role [ours]           CNC.constraint
-  distillation by cosine [paper], patch by       CNC.distance, CNC.forward
-    patch, in CLIP's joint space [ours]          Teacher.joint
-  anomaly map M [paper], score [ours]            CNC.describe, image_score
+  feature-level normality promotion [paper]      promote; along t_n: [ours] D13
+  cross-modal normality constraint [paper]       CNC.constraint; form: [ours] D10
+  theta = 5 [paper]                              CNC.forward; warm-up: [ours] D9
+  tau = 0.001 [paper]                            CNC.constraint; its role: [ours] D10
+  distillation by cosine [paper]                 CNC.distance; patch by patch: [ours] D12
+  joint space                                    Teacher.joint; frozen, all taps: [ours] D11
+  anomaly map M [paper]                          CNC.describe; image_score: [ours] D16
 
     python cnc.py                                      train and evaluate; without data/mvtec and
                                                        data/visa on the small set in data/demo
@@ -63,17 +64,21 @@ import math
 import os
 import platform
 import shutil
+import signal
 import sys
 import tempfile
 import textwrap
 import time
+import types
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import (ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout,
-                        suppress)
+from contextlib import (AbstractContextManager, ExitStack, contextmanager, nullcontext,
+                        redirect_stderr, redirect_stdout, suppress)
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import open_clip
@@ -81,12 +86,15 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from matplotlib import colormaps
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from scipy import ndimage
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
+from torch import Tensor
+from torch.distributed.nn.functional import all_reduce
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import gaussian_blur
 from tqdm import tqdm
@@ -100,7 +108,7 @@ class UserError(Exception):
 
 
 @contextmanager
-def atomic(path: Path):
+def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it takes the name `path` only if the block succeeds.
 
     Raises UserError when the file cannot be written (no permission, full disk).
@@ -118,14 +126,28 @@ def atomic(path: Path):
             partial.unlink(missing_ok=True)
 
 
-def make_folder(path: Path) -> Path:
-    """Create the output folder before hours of work, not after. Raises UserError if that fails."""
+@contextmanager
+def output_folder(path: Path) -> Iterator[Path]:
+    """Create the output folder before hours of work, not after, and keep other runs out of it: the
+    files of two would mix. The lock goes with the process, even a killed one.
+
+    Raises UserError if it cannot be written to, or if another run has it.
+    """
+    lock = FileLock(path / ".lock")
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
-            return path
-    except OSError as e:
-        raise UserError(f"--out {path}: cannot write there ({e.strerror}); choose another")
+            if process()[0] == 0:  # under torchrun only rank 0 writes
+                lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"--out {path}: another run is writing there; choose another")
+    except (OSError, NotImplementedError) as e:  # the latter: a file system without locks
+        reason = getattr(e, "strerror", None) or e
+        raise UserError(f"--out {path}: cannot write there ({reason}); choose another")
+    try:
+        yield path
+    finally:
+        lock.release()
 
 
 def one_line(error: BaseException) -> str:
@@ -138,7 +160,7 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, UserError):
         return text
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; --resume goes on from the last checkpoint, if there was one yet"
+        return str(error) or "interrupted; --resume goes on from the last checkpoint, if any"
     if isinstance(error, MemoryError) or any(k in text.lower() for k in (
             "out of memory", "can't allocate memory", "not enough memory", "alloc_failed",
             "bus error")):
@@ -157,7 +179,7 @@ def process() -> tuple[int, int]:
 
 
 @contextmanager
-def joined_processes():
+def joined_processes() -> Iterator[None]:
     """Under torchrun, join the other processes; elsewhere do nothing.
 
     Only rank 0 speaks, but whichever fails first says why, and the others end in silence. Tensors
@@ -190,40 +212,24 @@ def share(samples: list) -> list:
     return samples[rank::count]
 
 
-def gather(part: torch.Tensor, n: int) -> torch.Tensor | None:
-    """Put the rows of all n shares, on the CPU, into their old order on rank 0; None elsewhere."""
+def gather(part: Tensor) -> Tensor | None:
+    """Put the rows of all shares, on the CPU, into their old order on rank 0; None elsewhere."""
     rank, count = process()
     if count == 1:
         return part
+    parts = [None] * count
+    dist.gather_object(part, None if rank else parts)
     if rank:
-        dist.send(part.contiguous(), 0)
         return None
-    whole = part.new_empty(n, *part.shape[1:])
-    whole[::count] = part
-    for r in range(1, count):
-        rows = part.new_empty(whole[r::count].shape)
-        dist.recv(rows, r)
+    whole = torch.cat(parts)
+    for r, rows in enumerate(parts):
         whole[r::count] = rows
     return whole
 
 
-class Sum(torch.autograd.Function):
-    """The sum of a tensor over all processes; what goes forward is summed backward, too."""
-
-    @staticmethod
-    def forward(ctx, x):
-        total = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return Sum.apply(gradient)
-
-
-def sum_over_processes(x: torch.Tensor) -> torch.Tensor:
+def sum_over_processes(x: Tensor) -> Tensor:
     """The same sum in every process, with gradient."""
-    return Sum.apply(x) if dist.is_initialized() else x
+    return all_reduce(x) if dist.is_initialized() else x
 
 
 def data_parallel(detector: nn.Module) -> nn.Module:
@@ -236,7 +242,7 @@ def data_parallel(detector: nn.Module) -> nn.Module:
 
 
 # ==== shared: options
-def option(default, help: str, choices: tuple | None = None):
+def option(default: object, help: str, choices: tuple | None = None) -> object:
     """A field of Config that is also a command-line flag; its help text is its documentation."""
     return field(default=default, metadata={"help": help, "choices": choices})
 
@@ -244,11 +250,12 @@ def option(default, help: str, choices: tuple | None = None):
 class Parser(argparse.ArgumentParser):
     """argparse that reports a wrong flag in one line, like every other mistake."""
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
 
 
-def parse_args(argv, config: type, description: str, *parents) -> tuple[str, list[str], dict]:
+def parse_args(argv: list[str] | None, config: type, description: str,
+               *parents: argparse.ArgumentParser) -> tuple[str, list[str], dict]:
     """Read `[train|eval|predict] [PATH ...] [--flag value ...]`: the fields of `config`, and what
     parsers in `parents` know.
 
@@ -317,12 +324,12 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name, local) if name == "cuda" else torch.device(name)
 
 
-def autocast(device: torch.device):
+def autocast(device: torch.device) -> AbstractContextManager:
     """bf16 on CUDA, full precision elsewhere: on a CPU or on MPS bf16 gains little or nothing."""
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
-def progress(items, what: str, **more):
+def progress(items: Iterable, what: str, **more: object) -> tqdm:
     """A progress bar with ETA on a terminal, silence elsewhere (a log file, a pipe, a test)."""
     return tqdm(items, desc=what, disable=None, leave=False, dynamic_ncols=True, **more)
 # ==== end shared
@@ -339,7 +346,7 @@ class Config:
     seed: int = option(0, "seed of weights, batches and dropout")
     device: str = option("auto", "where to run", ("auto", "cpu", "cuda", "mps"))
     teacher: str = option("ViT-L-14-336", "frozen CLIP: an open_clip ViT [paper], or tiny, a small "
-                          "one built here [ours]")
+                          "one built here [ours] D3")
     weights: str = option("openai", "its weights: open_clip tag, local file, or none (random)")
     image_size: int = option(None, "images are squashed to a square of so many pixels, a multiple "
                              "of the teacher's patch; default: what the teacher was made for")
@@ -349,28 +356,30 @@ class Config:
     epochs: int = option(250, "passes over the training images [paper]; 200 on VisA (raw "
                          "archive)")
     lr: float = option(1e-3, "Adam learning rate [paper]")
-    clip: float = option(1.0, "gradients are scaled down to this norm; 0: never [ours]")
+    clip: float = option(1.0, "gradients are scaled down to this norm; 0: never [ours] D15")
     experts: int = option(5, "experts of the gated mixture [paper]")
     top_k: int = option(2, "experts that each token uses [paper]")
     theta: int = option(5, "epochs in which the constraint teaches the prompts, not yet the "
-                        "decoder [paper], meaning [ours]; the distillation runs from the start")
+                        "decoder [paper], meaning [ours] D9; the distillation runs from the "
+                        "start")
     tau: float = option(0.001, "temperature of the softmax over image-text cosines [paper]")
     shared_prompts: bool = option(False, "one context for both sentences, starting as real words: "
-                                  "keeps the meaning of \"damaged\" [ours]")
+                                  "keeps the meaning of \"damaged\" [ours] D17")
     no_moe: bool = option(False, "one expert instead of the gated mixture")
     no_fnp: bool = option(False, "no feature-level normality promotion")
     no_constraint: bool = option(False, "do not guide the decoded features towards normal text "
                                  "(the prompts still learn if the promotion needs them)")
-    quantile: float = option(0.99, "share of normal training scores below the threshold [ours]")
+    quantile: float = option(0.99, "share of normal training scores below the threshold "
+                             "[ours] D1")
     cache: str = option("auto", "teacher features in memory, in a temporary file, or computed "
-                        "anew; auto: ram if half of the free memory holds them [ours]",
+                        "anew; auto: ram if half of the free memory holds them [ours] D2",
                         ("auto", "ram", "disk", "off"))
     checkpoint: str = option(None, "checkpoint to read (eval, predict, --resume); default: "
                              "checkpoint.pt in --out")
     resume: bool = option(False, "go on from the checkpoint of an interrupted training")
     workers: int = option(4, "processes that read images, at most one a CPU core")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Raise UserError for a value that cannot work."""
         for name in ("epochs", "batch_size", "lr", "tau", "experts"):
             if not getattr(self, name) > 0:
@@ -389,7 +398,7 @@ class Config:
             raise UserError(f"--quantile {self.quantile}: must be above 0 and at most 1")
 
 
-# What replaces the defaults on the demo set, so that two CPU cores do it in minutes. [ours]
+# What replaces the defaults on the demo set, so that two CPU cores do it in minutes. [ours] D3
 DEMO = {"teacher": "tiny", "weights": "none", "epochs": 30, "workers": 0}
 VISA = {"epochs": 200}  # [paper]
 # Flags that may differ between a checkpoint and the command that reads it.
@@ -495,7 +504,7 @@ def read_dataset(root: Path, test_only: bool = False) -> tuple[list[Sample], lis
 
 def check_samples(samples: list[Sample]) -> None:
     """Decode every file once: a broken one must stop the run before the training, not after."""
-    def check(sample):
+    def check(sample: Sample) -> None:
         size = load_image(sample.path).size
         if sample.mask and load_mask(sample.mask).shape != size[::-1]:
             raise UserError(f"mask {sample.mask} has another size than its image "
@@ -534,7 +543,7 @@ def load_mask(path: Path) -> np.ndarray:
     return mask.any(-1) if mask.ndim == 3 else mask
 
 
-def load_masks(samples: list[Sample], size: int) -> torch.Tensor | None:
+def load_masks(samples: list[Sample], size: int) -> Tensor | None:
     """Ground truth as (N, size, size) bool, or None for a set without masks.
 
     Binarised first and resized (nearest neighbour) after: the other way round thin defects blur.
@@ -558,7 +567,7 @@ class Preprocess:
     std: tuple = (0.229, 0.224, 0.225)
     resample: int = Image.BILINEAR
 
-    def __call__(self, image: Image.Image) -> torch.Tensor:
+    def __call__(self, image: Image.Image) -> Tensor:
         """An RGB image of any shape, squashed to (3, size, size) float32."""
         image = image.resize((self.size, self.size), self.resample)
         x = (np.asarray(image, np.float32) / 255 - np.float32(self.mean)) / np.float32(self.std)
@@ -568,19 +577,19 @@ class Preprocess:
 class Images(Dataset):
     """The preprocessed images of a list of samples."""
 
-    def __init__(self, samples: list[Sample], preprocess: Preprocess):
+    def __init__(self, samples: list[Sample], preprocess: Preprocess) -> None:
         self.samples, self.preprocess = samples, preprocess
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> Tensor:
         return self.preprocess(load_image(self.samples[i].path))
 # ==== end shared
 
 
 # ---- frozen teacher: CLIP ------------------------------------------------------------------------
-# A CLIP that needs no download: random weights from a seed, small enough for a CPU. [ours]
+# A CLIP that needs no download: random weights from a seed, small enough for a CPU. [ours] D3
 TINY = {"embed_dim": 192,
         "vision_cfg": {"image_size": 128, "patch_size": 16, "width": 192, "layers": 6},
         "text_cfg": {"context_length": 32, "width": 128, "heads": 2, "layers": 3}}
@@ -590,7 +599,7 @@ NO_PLAIN_VIT = ("--teacher {}: not a plain ViT with a CLS token and a text tower
                 "ViT-L-14, ViT-L-14-336")
 
 
-def load_clip(name: str, weights: str, image_size: int | None):
+def load_clip(name: str, weights: str, image_size: int | None) -> tuple[nn.Module, Callable]:
     """A CLIP and its tokenizer: built here (tiny) or by open_clip, random or with --weights.
 
     Raises UserError for an unknown name and for weights that cannot be had or do not fit.
@@ -669,7 +678,7 @@ class Teacher(nn.Module):
     Raises UserError for a CLIP that is not a plain ViT with a CLS token, and for wrong taps.
     """
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg: Config) -> None:
         super().__init__()
         self.random = cfg.weights == "none"
         with torch.random.fork_rng(devices=[]):  # a seed's teacher is the same whatever ran before
@@ -696,12 +705,12 @@ class Teacher(nn.Module):
             self.register_buffer("whiten", torch.eye(self.width).repeat(len(self.taps), 1, 1))
         self.requires_grad_(False).eval()
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> nn.Module:
         """Stay in eval mode whatever the parent does."""
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, x):
+    def forward(self, x: Tensor) -> list[Tensor]:
         if x.shape[1:] != (3, self.preprocess.size, self.preprocess.size):
             raise ValueError(f"expected images (B, 3, {self.preprocess.size}, "
                              f"{self.preprocess.size}), got {tuple(x.shape)}")
@@ -717,9 +726,9 @@ class Teacher(nn.Module):
         return [t.half() for t in tokens]
 
     @torch.no_grad()
-    def estimate_statistics(self, batches) -> None:
+    def estimate_statistics(self, batches: Iterable) -> None:
         """Give a random teacher the mean and covariance of the training images' tokens, tap by tap:
-        from now on it answers with whitened ones. [ours]
+        from now on it answers with whitened ones. [ours] D3
 
         A random network says little more than the mean colour of a patch: that one direction drowns
         all others in a cosine, and a decoder has learned it in no time. Whitening brings texture up
@@ -737,20 +746,21 @@ class Teacher(nn.Module):
         self.mean.copy_(mean)
         self.whiten.copy_(whiten)
 
-    def plain(self, features):
+    def plain(self, features: list[Tensor]) -> list[Tensor]:
         """Undo the whitening: [(B, 1 + N, C)] -> the same, as the network gave them (less a mean).
 
         Whitening brings out what tells patches apart, at the cost of what tells classes apart.
+        [ours] D18
         """
         if not self.random:
             return features
         return [f @ torch.linalg.inv(whiten) for f, whiten in zip(features, self.whiten)]
 
-    def joint(self, tokens):
+    def joint(self, tokens: Tensor) -> Tensor:
         """P(f): tokens of any tap (..., C) -> unit vectors in the space shared with text (..., D).
 
-        CLIP's own frozen head, though it was made for the CLS of the last block. [ours] A learned
-        head under a cosine loss may collapse: mapping all to one vector makes the loss zero.
+        CLIP's own frozen head, though it was made for the CLS of the last block [ours] D11. A
+        learned head under a cosine loss may collapse: mapping all to one vector makes it zero.
         """
         return F.normalize(self.clip.visual.ln_post(tokens) @ self.clip.visual.proj, dim=-1)
 
@@ -778,10 +788,10 @@ class PromptLearner(nn.Module):
     SENTENCES = ("object.", "damaged object.")
     WORDS = "a photo of a"
 
-    def __init__(self, teacher: Teacher, n_ctx: int = 12, shared: bool = False):
+    def __init__(self, teacher: Teacher, n_ctx: int = 12, shared: bool = False) -> None:
         """shared: one context V = W of four tokens, .ctx (taps, 1, 4, dim), which starts as WORDS,
         so that nothing but the word "damaged" tells t_a from t_n. A one-class loss lets two free
-        contexts drift to where the difference says nothing about defects. [ours]
+        contexts drift to where the difference says nothing about defects. [ours] D17
         """
         super().__init__()
         clip, n_ctx = teacher.clip, 4 if shared else n_ctx
@@ -797,10 +807,11 @@ class PromptLearner(nn.Module):
         else:
             self.ctx = nn.Parameter(0.02 * torch.randn(taps, 2, n_ctx, embed.embedding_dim))
 
-    def forward(self):
+    def forward(self) -> Tensor:
         taps, n_ctx = self.ctx.shape[0], self.ctx.shape[2]
 
-        def insert(module, args, words):  # (2 * taps, length, dim): start, blanks, sentence, end
+        def insert(module: nn.Module, args: tuple, words: Tensor) -> Tensor:
+            # words: (2 * taps, length, dim), start, blanks, sentence, end
             ctx = self.ctx.expand(-1, 2, -1, -1).flatten(0, 1).to(words.dtype)
             return torch.cat([words[:, :1], ctx, words[:, 1 + n_ctx:]], dim=1)
 
@@ -826,25 +837,30 @@ class GatedMoE(nn.Module):
     y = sum over the chosen experts k of w_k expert_k(x), w = softmax of their gate scores. [port]
     """
 
-    def __init__(self, dim: int, num_experts: int = 5, top_k: int = 2):
+    def __init__(self, dim: int, num_experts: int = 5, top_k: int = 2) -> None:
         super().__init__()
         self.gate, self.top_k = nn.Linear(dim, num_experts), top_k
         self.experts = nn.ModuleList(expert(dim) for _ in range(num_experts))
 
-    def route(self, x):
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(T, dim) -> weights (T, K), chosen experts (T, K), probabilities of all (T, experts)."""
         with torch.autocast(x.device.type, enabled=False):  # bf16 would change who is chosen
             logits = self.gate(x.float())
         top, chosen = logits.topk(self.top_k, dim=-1)
         return top.softmax(-1), chosen, logits.softmax(-1)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         tokens = x.flatten(0, 1)  # (B, N, dim) -> (B*N, dim)
         weights, chosen, probabilities = self.route(tokens)
+        # Sorted by expert, each expert's tokens are one block: it sees its own tokens only, and a
+        # GPU waits for the host once, not once an expert.
+        order = chosen.flatten().argsort(stable=True)  # (T*K,)
+        counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
+        token = order // self.top_k
+        blocks = tokens[token].split(counts)
+        answers = torch.cat([e(block) for e, block in zip(self.experts, blocks)]).float()
         y = torch.zeros_like(tokens, dtype=torch.float32)
-        for k, expert_k in enumerate(self.experts):  # an expert sees its own tokens only
-            token, slot = (chosen == k).nonzero(as_tuple=True)
-            y = y.index_add(0, token, weights[token, slot, None] * expert_k(tokens[token]).float())
+        y = y.index_add(0, token, weights.flatten()[order, None] * answers)
         # (std / mean)^2 of the experts' summed probabilities: 0 when all are equally probable.
         # Without it the gate may settle on two experts that get all tokens and gradients. [port]
         share = probabilities.sum(0)
@@ -861,7 +877,7 @@ class Student(nn.Module):
     to shallow: its first block reproduces the last tap. [port]
     """
 
-    def __init__(self, taps: int, dim: int, experts: int, top_k: int):
+    def __init__(self, taps: int, dim: int, experts: int, top_k: int) -> None:
         """experts = 0: one expert of the same width for all tokens, no gate."""
         super().__init__()
         self.fuse = nn.Sequential(nn.Linear(taps * dim, dim), nn.LayerNorm(dim), nn.Dropout(0.1))
@@ -871,7 +887,7 @@ class Student(nn.Module):
                                        activation="gelu", batch_first=True, norm_first=True)
             for _ in range(taps))
 
-    def forward(self, features):
+    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         x, balance = self.fuse(torch.cat(features, dim=-1)), features[0].new_zeros(())
         if isinstance(self.moe, GatedMoE):
             x, balance = self.moe(x)
@@ -885,13 +901,13 @@ class Student(nn.Module):
 
 
 # ---- CNC -----------------------------------------------------------------------------------------
-def promote(v, t_normal, t_abnormal):
+def promote(v: Tensor, t_normal: Tensor, t_abnormal: Tensor) -> Tensor:
     """Feature-level normality promotion: v* = v + psi t_n, psi = (1 + tanh(<v,t_n> - <v,t_a>)) / 2.
 
     v: unit vectors (..., D); t_normal, t_abnormal: (D,). Returns (..., D), not normalised.
     It is meant so: a normal patch gains the normal direction both encoded and decoded, an abnormal
     one only decoded, as the decoder knows nothing but normal patches; so the two move apart. That
-    it exists is [paper], psi is [port], the direction t_n is [ours]: psi v instead is parallel to
+    it exists is [paper], psi is [port], the direction t_n [ours] D13: psi v instead is parallel to
     v, and no cosine would notice. A doubt: without a temperature the tanh sees differences of
     mostly a tenth, so psi stays near 1/2 (0.50 +- 0.05 on the demo) and all patches gain alike.
     """
@@ -907,9 +923,9 @@ class CNC(nn.Module):
     raw anomaly map.
     """
 
-    CONSTRAINT_WEIGHT, BALANCE_WEIGHT = 0.1, 0.01  # [ours]
+    CONSTRAINT_WEIGHT, BALANCE_WEIGHT = 0.1, 0.01  # [ours] D10, [ours] D14
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg: Config) -> None:
         super().__init__()
         self.teacher = Teacher(cfg)
         self.preprocess = self.teacher.preprocess
@@ -919,20 +935,20 @@ class CNC(nn.Module):
         self.tau, self.fnp, self.guided = cfg.tau, not cfg.no_fnp, not cfg.no_constraint
         self.text = None
 
-    def decode(self, features):
+    def decode(self, features: list[Tensor]) -> tuple[list, list, Tensor]:
         """Teacher features -> encoded and decoded tokens, float32, and the balance loss."""
         encoded = [f.float() for f in features]
         with autocast(features[0].device):
             decoded, balance = self.student(encoded)
         return encoded, [d.float() for d in decoded], balance
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> nn.Module:
         """Forget the text features: whoever changes weights or device ends with train() or eval().
         """
         self.text = None
         return super().train(mode)
 
-    def text_features(self, learning: bool):
+    def text_features(self, learning: bool) -> Tensor:
         """[t_n, t_a] of each tap, (taps, 2, D): with gradient while the prompts learn; afterwards
         computed once, since neither they nor the text tower change any more."""
         if learning:
@@ -943,9 +959,9 @@ class CNC(nn.Module):
                 self.text = self.prompts()
         return self.text
 
-    def distance(self, encoded, decoded, text):
+    def distance(self, encoded: list[Tensor], decoded: list[Tensor], text: Tensor) -> Tensor:
         """1 - cos(e*, d*) of each patch, in the joint space and promoted: lists of (B, 1 + N, C) ->
-        (taps, B, N) in 0..2. RD with cosine is [paper], patch by patch [ours]."""
+        (taps, B, N) in 0..2. RD with cosine is [paper], patch by patch [ours] D12."""
         maps = []
         for e, d, (t_normal, t_abnormal) in zip(encoded, decoded, text):
             e, d = self.teacher.joint(e[:, 1:]), self.teacher.joint(d[:, 1:])
@@ -954,10 +970,10 @@ class CNC(nn.Module):
             maps.append(1 - F.cosine_similarity(e, d, dim=-1))
         return torch.stack(maps)
 
-    def constraint(self, tokens, text):
+    def constraint(self, tokens: list[Tensor], text: Tensor) -> Tensor:
         """Cross entropy of softmax(<P(cls), [t_n, t_a]> / tau) against "normal", mean over taps.
 
-        tokens: lists of (B, 1 + N, C), text (taps, 2, D). [paper] target, [ours] form.
+        tokens: lists of (B, 1 + N, C), text (taps, 2, D). [paper] target, [ours] D10 form.
         At tau = 0.001 a difference of 0.01 in cosine is one of 10 in logit: the loss saturates
         as soon as t_a is a little farther off than t_n, and is over. Hence float32, and for the
         last product no matmul, which bf16 and TF32 would round to three digits.
@@ -969,11 +985,11 @@ class CNC(nn.Module):
             losses.append(F.cross_entropy(logits, logits.new_zeros(len(f), dtype=torch.long)))
         return torch.stack(losses).mean()
 
-    def forward(self, features, warm_up: bool = False):
+    def forward(self, features: list[Tensor], warm_up: bool = False) -> Tensor:
         """The loss: L = L_distillation + 0.1 L_constraint + 0.01 L_balance, a scalar.
 
         In the warm-up the constraint reads *encoded* CLS tokens and teaches the prompts what normal
-        images look like; after it, *decoded* ones and teaches the decoder, prompts fixed. [ours]
+        images look like; after it, *decoded* ones and teaches the decoder, prompts fixed. [ours] D9
         """
         encoded, decoded, balance = self.decode(features)
         learning = warm_up and (self.fnp or self.guided)
@@ -986,12 +1002,13 @@ class CNC(nn.Module):
             total = total + self.CONSTRAINT_WEIGHT * self.constraint(decoded, text)
         return total
 
-    def describe(self, features):
+    def describe(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Teacher features -> (pooled (B, 2 * taps * C), raw anomaly map (B, S, S) in 0..2).
 
-        M = mean over taps of 1 - cos(e*, d*) of each patch, up-sampled. align_corners=False [ours]:
-        a token's value belongs to the centre of its patch. Pooled, mean and standard deviation over
-        patches, is for CADA: frozen features of the whole image tell its class.
+        M = mean over taps of 1 - cos(e*, d*) of each patch, up-sampled; align_corners=False
+        ([ours] D16): a token's value belongs to the centre of its patch. Pooled, mean and standard
+        deviation over patches, is for CADA: frozen features of the whole image tell its class.
+        [ours] D6
         """
         encoded, decoded, _ = self.decode(features)
         m = self.distance(encoded, decoded, self.text_features(False)).mean(0)  # (B, N)
@@ -1000,7 +1017,7 @@ class CNC(nn.Module):
         pooled = [t for f in self.teacher.plain(encoded) for t in torch.std_mean(f[:, 1:], dim=1)]
         return torch.cat(pooled, dim=1), maps[:, 0]
 
-    def explain(self, features):
+    def explain(self, features: list[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
         """What the figures show, patch by patch: the margins <P(f), t_n - t_a> of encoded and of
         decoded patches, (B, N) each, mean over taps; the gate's weights (B, N, experts) or None."""
         encoded, decoded, _ = self.decode(features)
@@ -1019,8 +1036,9 @@ class CNC(nn.Module):
 
 
 # ==== shared: map and score
-def smooth(maps: torch.Tensor) -> torch.Tensor:
-    """Gaussian blur of (N, H, W) maps, sigma 4 pixels at 256 x 256 and in proportion elsewhere.
+def smooth(maps: Tensor) -> Tensor:
+    """Gaussian blur of (N, H, W) maps, sigma 4 pixels at 256 x 256 and in proportion elsewhere
+    [ours] D4.
 
     Replicate padding keeps a constant map constant, and the kernel sums to one: so blurring
     commutes with (A - u) / (gamma - u), and normalising first [author] or after is the same.
@@ -1036,7 +1054,7 @@ def smooth(maps: torch.Tensor) -> torch.Tensor:
     return blurred
 
 
-def image_score(maps: torch.Tensor) -> torch.Tensor:
+def image_score(maps: Tensor) -> Tensor:
     """Mean of the highest 1 % of each map: (N, H, W) -> (N,). Steadier than the maximum. [author]
     """
     flat = maps.flatten(1)
@@ -1044,25 +1062,30 @@ def image_score(maps: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def describe_all(detector, batches, n: int):
-    """Run the detector over the teacher features of this process's share of n images.
+def describe_all(detector: nn.Module, batches: Iterable) -> tuple:
+    """Run the detector over the teacher features of this process's share of the images.
 
-    Returns pooled features (n, C) and raw maps (n, S, S), on the CPU; None on ranks above 0.
+    Returns pooled features (N, C) and raw maps (N, S, S) of all shares, on the CPU; None on ranks
+    above 0.
     """
     detector.eval()  # BatchNorm by its running statistics: a score must not depend on its batch
     pooled, maps = map(torch.cat, zip(*([t.cpu() for t in detector.describe(f)] for f in batches)))
     if not maps.isfinite().all():
         raise UserError("the anomaly maps are not finite: the training diverged; lower --lr")
-    return gather(pooled, n), gather(maps, n)
+    return gather(pooled), gather(maps)
 
 
-def quantile(scores: torch.Tensor, q: float) -> float:
-    """The q-quantile of normal training scores: a threshold that no test label has touched."""
+def quantile(scores: Tensor, q: float) -> float:
+    """The q-quantile of normal training scores: a threshold that no test label has touched.
+    [ours] D1"""
     return torch.quantile(scores.double(), q).item()
 # ==== end shared
 
 
 # ==== shared: metrics
+CPU = torch.device("cpu")
+
+
 def image_metrics(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """I-AUROC, I-AP, I-F1max in 0..1 of (N,) scores and 0/1 labels; NaN if one label is missing."""
     if labels.min() == labels.max():
@@ -1073,7 +1096,7 @@ def image_metrics(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
             "I-AP": average_precision_score(labels, scores), "I-F1max": f1.max()}
 
 
-def region_weights(masks: torch.Tensor) -> tuple[torch.Tensor, int]:
+def region_weights(masks: Tensor) -> tuple[Tensor, int]:
     """1 / area of its 8-connected region, for each anomalous pixel in the order of maps[masks]; and
     the number of regions."""
     weights, regions = [torch.zeros(0)], 0
@@ -1085,7 +1108,7 @@ def region_weights(masks: torch.Tensor) -> tuple[torch.Tensor, int]:
     return torch.cat(weights), regions
 
 
-def pixel_metrics(maps, masks, device=torch.device("cpu")) -> dict[str, float]:
+def pixel_metrics(maps: Tensor, masks: Tensor, device: torch.device = CPU) -> dict[str, float]:
     """P-AUROC, P-AP, P-F1max, AUPRO in 0..1 of (N, H, W) maps and bool masks, all from one sort.
 
     Every distinct value is a threshold. But overlap and true positives change only at values of
@@ -1096,7 +1119,7 @@ def pixel_metrics(maps, masks, device=torch.device("cpu")) -> dict[str, float]:
     """
     if device.type == "mps" or device.type == "cuda" and (
             torch.cuda.mem_get_info(device)[0] < 40 * maps.numel()):
-        device = torch.device("cpu")  # MPS has no float64; a small GPU not the memory
+        device = CPU  # MPS has no float64; a small GPU not the memory
     (weights, regions), flat = region_weights(masks), maps.flatten().to(device)
     n, positives = len(flat), len(weights)
     if not 0 < positives < n:
@@ -1113,7 +1136,7 @@ def pixel_metrics(maps, masks, device=torch.device("cpu")) -> dict[str, float]:
                        for right in (False, True))  # pixels >= and > each threshold
     zero, negatives = tp.new_zeros(1), n - positives
 
-    def curve(at, last):
+    def curve(at: Tensor, last: float) -> Tensor:
         """From the origin: what holds just before and at each threshold; and at the very end."""
         earlier = torch.cat([zero, at[:-1]])
         return torch.cat([zero, torch.stack([earlier, at], dim=1).flatten(), zero + last])
@@ -1133,14 +1156,16 @@ def pixel_metrics(maps, masks, device=torch.device("cpu")) -> dict[str, float]:
             "AUPRO": below.item() / 0.3}
 
 
-def summarise(scores, labels, classes, maps=None, masks=None, device=torch.device("cpu")) -> dict:
+def summarise(scores: np.ndarray, labels: np.ndarray, classes: np.ndarray,
+              maps: Tensor | None = None, masks: Tensor | None = None,
+              device: torch.device = CPU) -> dict:
     """All metrics by both protocols: {"pooled": {}, "class_mean": {}, "per_class": {class: {}}}.
 
     pooled: all classes in one ranking, as one threshold sees them (absolute-unified).
     class_mean: a ranking per class, then the unweighted mean (model-unified); a class without good
     or without defective images has no such metric (NaN) and does not count.
     """
-    def metrics(rows):
+    def metrics(rows: np.ndarray) -> dict[str, float]:
         found = image_metrics(scores[rows], labels[rows])
         return found | ({} if masks is None else pixel_metrics(maps[rows], masks[rows], device))
 
@@ -1171,14 +1196,15 @@ def free_memory() -> int | None:
 
 
 class FeatureCache:
-    """The teacher's features of all training images, computed once, float16.
+    """The teacher's features of all training images, computed once, float16. [ours] D2
 
     Training uses no augmentation, so every epoch would compute the same ones again. One float16
     array (N, values per image), in memory or in an unnamed file in `folder`: it goes with the
     process, even a killed one, so it can never be stale.
     """
 
-    def __init__(self, encode, n: int, batches, where: str, folder: Path):
+    def __init__(self, encode: Callable, n: int, batches: Iterable, where: str,
+                 folder: Path) -> None:
         """`batches` yields the `n` images in order, (B, 3, S, S) each."""
         row = 0
         for x in batches:
@@ -1214,16 +1240,17 @@ class FeatureCache:
             raise UserError(f"--cache disk: cannot reserve {size / 2**30:.1f} GiB in {folder} "
                             f"({e}); free the space, choose another --out, or use --cache off")
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.array)
 
-    def load(self, rows: list[int]) -> list[torch.Tensor]:
+    def load(self, rows: list[int]) -> list[Tensor]:
         """The features of some images as the teacher gives them: a list of layers, (B, ...)."""
         parts = torch.from_numpy(self.array[rows]).split([s.numel() for s in self.shapes], dim=1)
         return [p.unflatten(1, s) for p, s in zip(parts, self.shapes)]
 
 
-def feature_batches(source, batches, teacher, device, workers: int):
+def feature_batches(source: FeatureCache | Images, batches: list[list[int]], teacher: nn.Module,
+                    device: torch.device, workers: int) -> Iterator[list[Tensor]]:
     """Yield the teacher's features for lists of indices: from a FeatureCache, or (--cache off) from
     the images, computed anew."""
     if isinstance(source, FeatureCache):
@@ -1237,7 +1264,8 @@ def feature_batches(source, batches, teacher, device, workers: int):
             yield teacher(x)
 
 
-def image_loader(images: Images, device: torch.device, workers: int, **batching):
+def image_loader(images: Images, device: torch.device, workers: int,
+                 **batching: object) -> Iterator[Tensor]:
     """Batches of images (B, 3, S, S) on the device. Its generator is its own, so that loading draws
     nothing from the one that training uses, and a resumed run draws the same."""
     workers = min(workers, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -1247,13 +1275,13 @@ def image_loader(images: Images, device: torch.device, workers: int, **batching)
         yield to_device(x, device)
 
 
-def image_batches(images: Images, cfg: Config, device):
+def image_batches(images: Images, cfg: Config, device: torch.device) -> Iterable[Tensor]:
     """Preprocessed images in order, batch by batch, on the device."""
     return progress(image_loader(images, device, cfg.workers, batch_size=cfg.batch_size), "images",
                     total=math.ceil(len(images) / cfg.batch_size))
 
 
-def to_device(images: torch.Tensor, device: torch.device) -> torch.Tensor:
+def to_device(images: Tensor, device: torch.device) -> Tensor:
     """Copy an image batch to the device, in the layout that convolutions are fast in."""
     return images.to(device, memory_format=torch.channels_last, non_blocking=True)
 
@@ -1330,7 +1358,7 @@ def stored_config(content: dict, given: dict, free: tuple, path: Path) -> dict:
             | {k: v for k, v in given.items() if k in free})
 
 
-def check_teacher(teacher, content: dict) -> None:
+def check_teacher(teacher: nn.Module, content: dict) -> None:
     """Give a random teacher its stored weights; of any other, compare the identity.
 
     Raises UserError if the teacher at hand is not the one the checkpoint was trained with.
@@ -1353,7 +1381,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def without_nan(value):
+def without_nan(value: object) -> object:
     """NaN is no JSON: an undefined metric becomes null."""
     if isinstance(value, dict):
         return {k: without_nan(v) for k, v in value.items()}
@@ -1390,46 +1418,72 @@ def write_scores(path: Path, samples: list[Sample], columns: dict[str, np.ndarra
             writer.writerow([s.path, s.cls, s.label, *(c[i].item() for c in columns.values())])
 
 
-def save_figure(path: Path, figure) -> None:
+# Okabe and Ito's colours, told apart by colour-blind readers too.
+BLUE, VERMILION = "#0072B2", "#D55E00"
+
+
+def save_figure(path: Path, figure: Figure) -> None:
     """Write a PNG, whole or not at all."""
     with atomic(path) as partial:
-        figure.savefig(partial, dpi=110, bbox_inches="tight", facecolor="white")
+        figure.savefig(partial, dpi=150, bbox_inches="tight", facecolor="white")
 
 
-def plot_heatmaps(path: Path, samples, masks, maps: dict[str, tuple]) -> None:
-    """A row a class: one good and one defective image (the middle ones of the class's lists, not
-    picked by hand), each with its ground truth and each of `maps`: {title: (maps, full scale)}.
+def middle(samples: list[Sample], label: int) -> dict[str, int]:
+    """{class: index} of each class's middle good (0) or defective (1) image: not picked by hand."""
+    found = {}
+    for i, s in enumerate(samples):
+        if s.label == label:
+            found.setdefault(s.cls, []).append(i)
+    return {c: rows[len(rows) // 2] for c, rows in found.items()}
 
-    Every map of a column is drawn on one scale, 0 to full scale: scaling each image by itself would
-    paint good images red.
+
+def picture_rows(samples: list[Sample], masks: Tensor | None, layers: dict,
+                 label: int) -> list[tuple]:
+    """Rows for plot_rows(): image, ground truth if defective, then `layers`, each {name: (maps
+    (N, h, w), low, high, colours, meaning)}."""
+    chosen, kind = middle(samples, label), ("good", "defective")[label]
+    if not chosen:
+        return []
+    images = {c: load_image(samples[i].path).resize((160, 160)) for c, i in chosen.items()}
+    rows = [(f"{kind}\nimage", images, 0, 255, "gray", "")]
+    if label and masks is not None:
+        truth = {c: masks[i] for c, i in chosen.items()}
+        rows.append(("ground truth", truth, 0, 1, "gray", ""))
+    return rows + [(name, {c: maps[i] for c, i in chosen.items()}, *scale)
+                   for name, (maps, *scale) in layers.items()]
+
+
+def plot_rows(path: Path, title: str, rows: list[tuple]) -> None:
+    """A column a class; rows (name, {class: picture}, low, high, colours, meaning of the values).
+
+    Every map of a row is drawn on one fixed scale, the bar at its right: scaling each image by
+    itself would paint good images red.
     """
-    classes = sorted({s.cls for s in samples})
-    titles = ["image"] + (["truth"] if masks is not None else []) + list(maps)
-    figure = Figure(figsize=(1.25 * 2 * len(titles), 1.25 * len(classes) + 0.4))
-    axes = figure.subplots(len(classes), 2 * len(titles), squeeze=False,
-                           gridspec_kw={"wspace": 0.04, "hspace": 0.04})
-    for ax in axes.flat:
-        ax.axis("off")
-    for row, cls in zip(axes, classes):
-        for label, cells in enumerate((row[:len(titles)], row[len(titles):])):
-            index = [i for i, s in enumerate(samples) if s.cls == cls and s.label == label]
-            if not index:
-                continue
-            i, size = index[len(index) // 2], next(iter(maps.values()))[0].shape[1:]
-            cells[0].imshow(load_image(samples[i].path).resize(size))
-            if masks is not None:
-                cells[1].imshow(masks[i].numpy(), cmap="gray", vmin=0, vmax=1)
-            for cell, (values, full) in zip(cells[-len(maps):], maps.values()):
-                cell.imshow(values[i].numpy(), cmap="inferno", vmin=0, vmax=full)
-        row[0].text(-0.08, 0.5, cls, transform=row[0].transAxes, ha="right", va="center")
-    for k, ax in enumerate(axes[0]):
-        kind = "good" if k < len(titles) else "defective"
-        ax.set_title(f"{titles[k % len(titles)]}\n{kind}" if k % len(titles) == 0
-                     else f"{titles[k % len(titles)]}\n", fontsize=9)
+    classes = sorted({c for row in rows for c in row[1]})
+    figure = Figure(figsize=(1.3 * len(classes) + 2.2, 1.3 * len(rows) + 0.6), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+    axes = figure.subplots(len(rows), len(classes) + 1, squeeze=False,
+                           width_ratios=[1] * len(classes) + [0.1])
+    for (*cells, bar), (name, pictures, low, high, colours, meaning) in zip(axes, rows):
+        for cell, cls in zip(cells, classes):
+            cell.set(xticks=[], yticks=[])
+            cell.spines[:].set_visible(False)
+            if cls in pictures:
+                shown = cell.imshow(np.asarray(pictures[cls]), cmap=colours, vmin=low, vmax=high)
+        cells[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=12)
+        if meaning:
+            ticks = None if isinstance(colours, str) else range(1, colours.N + 1)
+            figure.colorbar(shown, cax=bar, ticks=ticks).set_label(meaning, fontsize=10)
+        else:
+            bar.set_axis_off()
+    for cell, cls in zip(axes[0][:-1], classes):
+        cell.set_title(cls, fontsize=12)
+    figure.suptitle(title, fontsize=14)
     save_figure(path, figure)
 
 
-def threshold_line(threshold, quantile, anomalous, labels) -> str:
+def threshold_line(threshold: float, quantile: float, anomalous: np.ndarray,
+                   labels: np.ndarray) -> str:
     """How the one threshold does on the test set, which had no part in choosing it."""
     rates = (f"{100 * anomalous[labels == label].mean():.1f} % of the {name}"
              for label, name in ((0, "good"), (1, "defective")) if (labels == label).any())
@@ -1458,7 +1512,7 @@ def overlay_path(folder: Path, image: Path) -> Path:
     return folder.joinpath(*parts[:-1], parts[-1] + ".png")
 
 
-def write_overlay(path: Path, image: Image.Image, anomaly_map: torch.Tensor, full: float) -> None:
+def write_overlay(path: Path, image: Image.Image, anomaly_map: Tensor, full: float) -> None:
     """The image with its heat map on it, at the image's own size.
 
     One fixed scale: 0 is clear, `full` (twice the threshold) the hottest. Heat covers in proportion
@@ -1471,124 +1525,138 @@ def write_overlay(path: Path, image: Image.Image, anomaly_map: torch.Tensor, ful
         Image.composite(colour, image, heat.point(lambda value: 0.8 * value)).save(partial)
 
 
-def plot_distributions(path: Path, panels: dict[str, tuple], labels, classes) -> None:
-    """Score histograms by class, normal and anomalous, one panel above the other.
+def plot_distributions(path: Path, title: str, panels: dict[str, tuple], labels: np.ndarray,
+                       classes: np.ndarray) -> None:
+    """Score histograms by class, normal above the line and anomalous below it, a panel a column.
 
-    panels: {title: (scores (N,), threshold)}. Where normal scores of all classes end at the same
-    place, one threshold serves them all.
+    panels: {title: (scores (N,), threshold)}. Where the normal scores of all classes end at the
+    same place, one threshold serves them all.
     """
-    names = sorted(set(classes))
-    figure = Figure(figsize=(8, 1 + len(panels) * (0.6 + 0.36 * len(names))))
-    for ax, (title, (scores, threshold)) in zip(figure.subplots(len(panels), squeeze=False)[:, 0],
-                                                panels.items()):
+    names = sorted(set(classes), reverse=True)  # upwards, as the axis goes
+    figure = Figure(figsize=(1 + 5.5 * len(panels), 1.6 + 0.6 * len(names)), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.05)
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for ax, (what, (scores, threshold)) in zip(axes, panels.items()):
         low, high = np.quantile(scores, [0, 0.98])
         bins = np.linspace(low, max(high, threshold) + 1e-9, 40)
-        for row, name in enumerate(reversed(names)):
-            for label, colour in ((0, "tab:blue"), (1, "tab:red")):
+        for row, name in enumerate(names):
+            for label, sign, colour in ((0, 1, BLUE), (1, -1, VERMILION)):
                 rows = (classes == name) & (labels == label)
                 counts, _ = np.histogram(scores[rows].clip(bins[0], bins[-1]), bins)
-                ax.stairs(row + 0.9 * counts / max(counts.max(), 1), bins, baseline=row, fill=True,
-                          color=colour, alpha=0.55, label=("normal", "anomalous")[label]
-                          if row == 0 else None)
-        ax.axvline(threshold, color="black", linewidth=1, linestyle="--", label="threshold")
-        ax.set_yticks(np.arange(len(names)) + 0.3, reversed(names))
-        ax.set_title(title, loc="left", fontsize=10)
+                ax.stairs(row + sign * 0.42 * counts / max(counts.max(), 1), bins, baseline=row,
+                          fill=True, color=colour,
+                          label=None if row else ("normal", "anomalous")[label])
+            ax.axhline(row, color="lightgrey", linewidth=0.8)
+        ax.axvline(threshold, color="black", linestyle="--", label="threshold")
+        ax.set_yticks(range(len(names)), names, fontsize=12)
+        ax.set_title(what, fontsize=12)
+        ax.set_xlabel("image score (last bin: that and above)", fontsize=11)
         ax.spines[["top", "right", "left"]].set_visible(False)
         ax.tick_params(left=False)
-    figure.axes[0].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=9,
-                          frameon=False)
-    figure.axes[-1].set_xlabel("image score (last bin: that and above)")
-    figure.tight_layout()
+    axes[0].set_ylabel("class", fontsize=11)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
+                  fontsize=11, frameon=False)
+    figure.suptitle(title, fontsize=14)
     save_figure(path, figure)
 # ==== end shared
 
 
 # ---- figures of CNC's own ------------------------------------------------------------------------
-# Okabe and Ito's colours, told apart by colour-blind readers too.
-EXPERT_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+# The rest of Okabe and Ito's colours: one an expert, again from the first if there are more.
+EXPERT_COLOURS = (BLUE, "#E69F00", "#009E73", "#CC79A7", "#56B4E9", VERMILION, "#F0E442")
 
 
-def samples_to_explain(samples: list[Sample], good: int = 8) -> list[int]:
-    """Of each class the first `good` good images, then its middle defective one, if it has any."""
-    rows = []
-    for cls in sorted({s.cls for s in samples}):
-        normal, defective = ([i for i, s in enumerate(samples) if (s.cls, s.label) == (cls, label)]
-                             for label in (0, 1))
-        rows += normal[:good] + defective[len(defective) // 2:][:1]
-    return rows
+@torch.no_grad()
+def look_inside(cfg: Config, detector: CNC, test_set: list[Sample], device: torch.device) -> tuple:
+    """Run CNC.explain() on each class's middle defective and first eight good test images.
 
-
-def plot_experts(path: Path, samples: list[Sample], gate: torch.Tensor) -> None:
-    """Which expert takes which patches. gate: (len(samples), patches, experts).
-
-    Left: the share of the patches of a class's good samples that each expert has, by gate weight;
-    the last row is the experts' load. Right: the last sample of each class, the defective one if
-    there is any, and for each patch the expert with the largest weight.
+    Returns those images' indices, margins encoded and decoded (n, h, w), and the gate's weights
+    (n, h, w, experts) or None, on the CPU.
     """
-    classes, side = sorted({s.cls for s in samples}), math.isqrt(gate.shape[1])
-    good = np.array([s.label == 0 for s in samples])
-    owner = np.array([s.cls for s in samples])
-    shares = [gate[good & (owner == c)].mean((0, 1)) for c in classes]  # NaN without good images
-    shares = torch.stack([*shares, gate[good].mean((0, 1))]).numpy()
-    figure = Figure(figsize=(9.5, 0.85 * len(classes) + 1.2))
-    left, right = figure.subfigures(1, 2, width_ratios=(4, 1), wspace=0)
-    ax = left.subplots()
-    ax.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    rows = list(middle(test_set, 1).values())
+    for cls in sorted({s.cls for s in test_set}):
+        rows += [i for i, s in enumerate(test_set) if (s.cls, s.label) == (cls, 0)][:8]
+    images = Images([test_set[i] for i in rows], detector.preprocess)
+    parts = zip(*(detector.explain(detector.teacher(x))
+                  for x in image_batches(images, cfg, device)))
+    side = detector.teacher.grid
+    return rows, *(None if part[0] is None else
+                   torch.cat([t.float().cpu() for t in part]).unflatten(1, (side, side))
+                   for part in parts)
+
+
+def plot_experts(path: Path, samples: list[Sample], gate: Tensor) -> None:
+    """How the gate's weight on the patches of each class's good samples is shared among the
+    experts; the last row is their load. gate: (len(samples), h, w, experts)."""
+    good, owner = np.array([s.label == 0 for s in samples]), np.array([s.cls for s in samples])
+    classes = sorted(set(owner))
+    shares = [gate[good & (owner == c)].mean((0, 1, 2)) for c in classes]  # NaN without good ones
+    shares = torch.stack([*shares, gate[good].mean((0, 1, 2))]).numpy()
+    figure = Figure(figsize=(1.5 + 1.3 * shares.shape[1], 1.5 + 0.5 * len(shares)),
+                    layout="constrained")
+    ax = figure.subplots()
+    shown = ax.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100, aspect="auto")
     for (row, column), share in np.ndenumerate(shares):
-        ax.text(column, row, "-" if math.isnan(share) else f"{100 * share:.0f} %", ha="center",
-                va="center", color="white" if share > 0.6 else "black")
-    ax.set_xticks(range(gate.shape[2]), [f"expert {k + 1}" for k in range(gate.shape[2])])
-    for k, tick in enumerate(ax.get_xticklabels()):
-        tick.set_color(EXPERT_COLOURS[k % len(EXPERT_COLOURS)])
-        tick.set_weight("bold")
-    ax.set_yticks(range(len(shares)), [*classes, "all (load)"])
-    ax.set_title("who takes the patches of a class's good images", fontsize=10)
-    colours = ListedColormap([EXPERT_COLOURS[k % len(EXPERT_COLOURS)]
-                              for k in range(gate.shape[2])])
-    axes = right.subplots(len(classes), 2, squeeze=False, gridspec_kw={
-        "wspace": 0.05, "hspace": 0.08, "left": 0, "right": 1})
-    for row, cls in zip(axes, classes):
-        i = np.flatnonzero(owner == cls)[-1]
-        row[0].imshow(load_image(samples[i].path).resize((128, 128)))
-        row[1].imshow(gate[i].argmax(-1).view(side, side).numpy(), cmap=colours, vmin=-0.5,
-                      vmax=gate.shape[2] - 0.5)
-        for cell in row:
-            cell.axis("off")
-    axes[0, 0].set_title("image", fontsize=10)
-    axes[0, 1].set_title("its experts", fontsize=10)
+        ax.text(column, row, "-" if math.isnan(share) else f"{100 * share:.0f}", ha="center",
+                va="center", color="white" if share > 0.6 else "black", fontsize=12)
+    ax.set_xticks(range(shares.shape[1]), [f"{k + 1}" for k in range(shares.shape[1])], fontsize=12)
+    ax.set_yticks(range(len(shares)), [*classes, "all (load)"], fontsize=12)
+    ax.set_xlabel("expert", fontsize=12)
+    ax.set_ylabel("class", fontsize=12)
+    ax.set_title("Which experts take the patches of a class", fontsize=14)
+    figure.colorbar(shown).set_label("share of the gate's weight, %", fontsize=11)
     save_figure(path, figure)
 
 
-def plot_text(path: Path, samples: list[Sample], masks, margins: dict[str, torch.Tensor]) -> None:
-    """<f, t_n - t_a> over images, a row each: {title: (len(samples), patches)}, one scale for all.
-
-    Guided towards "normal" means that the decoded map is higher than the encoded one; and the text
-    means something if the encoded map is lower on the defect.
-    """
-    values = torch.cat([m.flatten() for m in margins.values()])
-    low, high = values.min().item(), values.max().item()
-    columns = ["image"] + (["truth"] if masks is not None else []) + list(margins)
-    figure = Figure(figsize=(1.5 * len(columns) + 1, 1.5 * len(samples)))
-    axes = figure.subplots(len(samples), len(columns), squeeze=False,
-                           gridspec_kw={"wspace": 0.04, "hspace": 0.04})
-    for i, (row, sample) in enumerate(zip(axes, samples)):
-        row[0].imshow(load_image(sample.path).resize((128, 128)))
-        if masks is not None:
-            row[1].imshow(masks[i].numpy(), cmap="gray", vmin=0, vmax=1)
-        for cell, m in zip(row[-len(margins):], margins.values()):
-            side = math.isqrt(m.shape[1])
-            shown = cell.imshow(m[i].view(side, side).numpy(), cmap="cividis", vmin=low, vmax=high)
-        row[0].text(-0.08, 0.5, sample.cls, transform=row[0].transAxes, ha="right", va="center")
-        for cell in row:
-            cell.axis("off")
-    for ax, title in zip(axes[0], columns):
-        ax.set_title(title, fontsize=10)
-    figure.colorbar(shown, ax=axes, shrink=0.5, label="<f, t_n - t_a>: high is nearer to normal")
-    save_figure(path, figure)
+def plot_inside(cfg: Config, detector: CNC, test_set: list[Sample], masks: Tensor | None,
+                maps: Tensor, threshold: float, device: torch.device) -> list[str]:
+    """Draw heat maps and the figures of those parts that are on; return their file names."""
+    out, figures = Path(cfg.out), ["heatmaps.png"]
+    rows, encoded, decoded, gate = look_inside(cfg, detector, test_set, device)
+    samples = [test_set[i] for i in rows]
+    for name in ("experts.png", "text.png"):  # of an earlier run with other flags
+        (out / name).unlink(missing_ok=True)
+    layers = {"anomaly map": (maps, 0, 2 * threshold, "inferno", "1 - cos")}
+    pictures = [row for label in (0, 1) for row in picture_rows(test_set, masks, layers, label)]
+    if gate is not None:
+        colours = ListedColormap(EXPERT_COLOURS, N=gate.shape[-1])  # repeats them if need be
+        experts = {"expert": (gate.argmax(-1) + 1, 0.5, gate.shape[-1] + 0.5, colours, "expert")}
+        pictures += picture_rows(samples, None, experts, 1)[1:]
+        plot_experts(out / "experts.png", samples, gate)
+        figures.append("experts.png")
+    plot_rows(out / "heatmaps.png", "Anomaly maps, and the expert with the largest weight"
+              if gate is not None else "Anomaly maps", pictures)
+    if middle(samples, 1) and (detector.fnp or detector.guided):
+        low, high = (f(torch.stack([encoded, decoded])).item() for f in (torch.min, torch.max))
+        layers = {name: (m, low, high, "cividis", "<f, t_n - t_a>")
+                  for name, m in (("encoded", encoded), ("decoded", decoded))}
+        pictures = picture_rows(samples, None if masks is None else masks[rows], layers, 1)
+        plot_rows(out / "text.png", "How much nearer to the normal than to the abnormal text",
+                  pictures)
+        figures.append("text.png")
+    return figures
 
 
 # ==== shared: training a detector
-def fit_detector(cfg, detector, samples: list[Sample], device, content: dict | None):
+@contextmanager
+def polite_interrupt() -> Iterator[list]:
+    """Let Ctrl-C wait for the end of a step: yields a list that is not empty once it was pressed.
+    Pressed a second time, it interrupts at once."""
+    pressed = []
+
+    def handler(number: int, frame: types.FrameType | None) -> None:
+        pressed.append(number)
+        signal.signal(signal.SIGINT, previous)
+
+    previous = signal.signal(signal.SIGINT, handler)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def fit_detector(cfg: Config, detector: nn.Module, samples: list[Sample], device: torch.device,
+                 content: dict | None) -> tuple:
     """Train on normal images, from where `content` (a checkpoint's) stopped; then describe them.
 
     Returns the checkpoint's new content, pooled features (N, C) and raw maps (N, S, S) of all
@@ -1609,8 +1677,7 @@ def fit_detector(cfg, detector, samples: list[Sample], device, content: dict | N
     content = train_detector(cfg, detector, source, len(samples), device, content)
     order = in_order(len(images), cfg.batch_size)
     batches = feature_batches(source, order, detector.teacher, device, cfg.workers)
-    return content, *describe_all(detector, progress(batches, "anomaly maps", total=len(order)),
-                                  len(samples))
+    return content, *describe_all(detector, progress(batches, "anomaly maps", total=len(order)))
 # ==== end shared
 
 
@@ -1640,25 +1707,25 @@ def build(cfg: Config, content: dict | None = None) -> tuple[CNC, torch.device]:
     return detector.to(device), device
 
 
-def train(given: dict) -> None:
+def train(given: dict, started: float) -> None:
     """Train the detector, set the threshold from normal training scores, then evaluate once."""
-    started = time.time()
     if "checkpoint" in given and "resume" not in given:
         raise UserError("--checkpoint is read by eval, predict and --resume; train writes to --out")
     cfg, content = configure(given, checkpoint_path(given) if "resume" in given else None)
     train_set, test_set = read_dataset(Path(cfg.data))
     detector, device = build(cfg, content)
-    out = make_folder(Path(cfg.out))
-    say_what_runs(cfg, detector, device, train_set, test_set)
-    content, _, maps = fit_detector(cfg, detector, train_set, device, content)
-    if maps is not None:  # under torchrun: rank 0 alone
-        content |= {"threshold": quantile(image_score(smooth(maps)), cfg.quantile)}
-        save_checkpoint(out / "checkpoint.pt", content)
-    del maps  # gigabytes, on a real set
-    evaluate(cfg, detector, content, test_set, device, started)
+    with output_folder(Path(cfg.out)) as out:
+        say_what_runs(cfg, detector, device, train_set, test_set)
+        content, _, maps = fit_detector(cfg, detector, train_set, device, content)
+        if maps is not None:  # under torchrun: rank 0 alone
+            content |= {"threshold": quantile(image_score(smooth(maps)), cfg.quantile)}
+            save_checkpoint(out / "checkpoint.pt", content)
+        del maps  # gigabytes, on a real set
+        evaluate(cfg, detector, content, test_set, device, started)
 
 
-def say_what_runs(cfg, detector, device, train_set, test_set) -> None:
+def say_what_runs(cfg: Config, detector: nn.Module, device: torch.device, train_set: list[Sample],
+                  test_set: list[Sample]) -> None:
     """What is about to happen, on standard error."""
     classes = len({s.cls for s in train_set})
     print(f"{len(train_set)} training and {len(test_set)} test images of {classes} classes; "
@@ -1676,7 +1743,8 @@ def say_what_runs(cfg, detector, device, train_set, test_set) -> None:
               "that the machinery works, its numbers are not the paper's", file=sys.stderr)
 
 
-def train_detector(cfg, detector, source, n: int, device, content) -> dict:
+def train_detector(cfg: Config, detector: nn.Module, source: FeatureCache | Images, n: int,
+                   device: torch.device, content: dict | None) -> dict:
     """The training loop. Returns the content of a checkpoint. Raises UserError on a NaN loss.
 
     source: what this process trains on, of n images in all.
@@ -1705,43 +1773,49 @@ def train_detector(cfg, detector, source, n: int, device, content) -> dict:
     teacher = {"identity": detector.teacher.identity(),
                "state": detector.teacher.state_dict() if detector.teacher.random else None}
 
-    def state():
+    def state() -> dict:
         return {"detector": NAME, "config": asdict(cfg), "step": step, "steps": steps,
                 "student": detector.student.state_dict(), "prompts": detector.prompts.state_dict(),
                 "optimizer": optimizer.state_dict(), "random": random_states(), "teacher": teacher}
 
-    for features in bar:
-        warm_up = step < cfg.theta * steps_per_epoch
-        if warm_up != phase:  # DistributedDataParallel must know which parameters learn
-            detector.prompts.requires_grad_(warm_up and (detector.fnp or detector.guided))
-            engine, phase = data_parallel(detector), warm_up
-        loss = engine(features, warm_up=warm_up)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if cfg.clip:
-            # At tau = 0.001 a CLS token on the wrong side gives a gradient 100 times that of the
-            # distillation; Adam remembers its square for thousands of steps and hardly moves.
-            nn.utils.clip_grad_norm_(parameters, cfg.clip)
-        optimizer.step()
-        step += 1
-        if step % save_every == 0 or step % 20 == 0 or step == steps:
-            value = sum_over_processes(loss.detach()).item() / count  # waits for the GPU: seldom
-            if not math.isfinite(value):
-                raise UserError(f"the loss is {value} at step {step}; lower --lr {cfg.lr}")
-            bar.set_postfix(loss=f"{value:.4f}")
-        if step % save_every == 0 and step < steps and rank == 0:
-            save_checkpoint(Path(cfg.out) / "checkpoint.pt", state())
+    with polite_interrupt() as interrupted:
+        for features in bar:
+            warm_up = step < cfg.theta * steps_per_epoch
+            if warm_up != phase:  # DistributedDataParallel must know which parameters learn
+                detector.prompts.requires_grad_(warm_up and (detector.fnp or detector.guided))
+                engine, phase = data_parallel(detector), warm_up
+            loss = engine(features, warm_up=warm_up)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if cfg.clip:  # [ours] D15
+                # At tau = 0.001 a CLS token on the wrong side gives a gradient 100 times that of
+                # the distillation; Adam remembers its square for thousands of steps, and hardly
+                # moves.
+                nn.utils.clip_grad_norm_(parameters, cfg.clip)
+            optimizer.step()
+            step += 1
+            due = step % save_every == 0 or step == steps
+            if due or step % 20 == 0:  # seldom: it waits for the GPU
+                value = sum_over_processes(loss.detach()).item() / count
+                if not math.isfinite(value):
+                    raise UserError(f"the loss is {value} at step {step}; lower --lr {cfg.lr}")
+                bar.set_postfix(loss=f"{value:.4f}")
+            if (due or interrupted) and rank == 0:
+                save_checkpoint(Path(cfg.out) / "checkpoint.pt", state())
+            if interrupted:
+                raise KeyboardInterrupt(f"interrupted at step {step}; go on with --resume")
     return state()
 
 
-def evaluate(cfg, detector, content, test_set, device, started) -> None:
+def evaluate(cfg: Config, detector: CNC, content: dict, test_set: list[Sample],
+             device: torch.device, started: float) -> None:
     """Score the test set; write and print it all."""
     out, labels = Path(cfg.out), np.array([s.label for s in test_set])
     classes, masks = np.array([s.cls for s in test_set]), load_masks(test_set,
                                                                      detector.preprocess.size)
     images = Images(share(test_set), detector.preprocess)
     encoded = (detector.teacher(x) for x in image_batches(images, cfg, device))
-    maps = describe_all(detector, encoded, len(test_set))[1]
+    maps = describe_all(detector, encoded)[1]
     if maps is None:
         return  # rank 0 has them all, and does the rest
     maps = smooth(maps)
@@ -1749,42 +1823,18 @@ def evaluate(cfg, detector, content, test_set, device, started) -> None:
     anomalous = scores > threshold
     results = {"cnc": summarise(scores, labels, classes, maps, masks, device)}
     write_scores(out / "scores.csv", test_set, {"score": scores, "anomalous": anomalous})
-    plot_heatmaps(out / "heatmaps.png", test_set, masks, {"map": (maps, 2 * threshold)})
-    plot_distributions(out / "distributions.png", {"image scores": (scores, threshold)}, labels,
-                       classes)
-    figures = ["heatmaps.png", "distributions.png"]
-    figures += explain(cfg, detector, test_set, masks, device)
+    figures = plot_inside(cfg, detector, test_set, masks, maps, threshold, device)
+    auroc = 100 * results["cnc"]["pooled"]["I-AUROC"]
+    plot_distributions(out / "distributions.png", "Scores of normal and anomalous test images", {
+        f"cnc: pooled I-AUROC {auroc:.1f} %": (scores, threshold)}, labels, classes)
     write_json(out / "metrics.json", {
         "script": "cnc", "config": asdict(cfg), "versions": versions(),
         "seconds": round(time.time() - started, 1), "threshold": threshold, "results": results})
     print(table(results))
     if masks is None:
         print("no masks in this data set: image metrics only")
-    print(f"wrote metrics.json, scores.csv, {', '.join(figures)} to {out}")
+    print(f"wrote metrics.json, scores.csv, distributions.png, {', '.join(figures)} to {out}")
     print(threshold_line(threshold, cfg.quantile, anomalous, labels))
-
-
-@torch.no_grad()
-def explain(cfg, detector, test_set, masks, device) -> list[str]:
-    """Draw the figures of CNC's own parts, those that are switched on; return their names."""
-    rows, out, figures = samples_to_explain(test_set), Path(cfg.out), []
-    samples = [test_set[i] for i in rows]
-    for name in ("experts.png", "text.png"):  # of an earlier run with other flags
-        (out / name).unlink(missing_ok=True)
-    batches = image_batches(Images(samples, detector.preprocess), cfg, device)
-    parts = [[p if p is None else p.float().cpu() for p in detector.explain(detector.teacher(x))]
-             for x in batches]
-    encoded, decoded, gate = (None if p[0] is None else torch.cat(p) for p in zip(*parts))
-    if gate is not None:
-        plot_experts(out / "experts.png", samples, gate)
-        figures.append("experts.png")
-    shown = [i for i, s in enumerate(samples) if s.label]
-    if shown and (detector.fnp or detector.guided):
-        plot_text(out / "text.png", [samples[i] for i in shown],
-                  None if masks is None else masks[[rows[i] for i in shown]],
-                  {"encoded": encoded[shown], "decoded": decoded[shown]})
-        figures.append("text.png")
-    return figures
 
 
 def predict(given: dict, paths: list[str]) -> None:
@@ -1793,7 +1843,7 @@ def predict(given: dict, paths: list[str]) -> None:
     files, threshold = find_images(paths), content["threshold"]
     batches = image_batches(Images(files, detector.preprocess), cfg, device)
     for i, x in enumerate(batches):
-        maps = smooth(describe_all(detector, [detector.teacher(x)], len(x))[1])
+        maps = smooth(describe_all(detector, [detector.teacher(x)])[1])
         scores = image_score(maps).tolist()
         for sample, score, amap in zip(files[i * cfg.batch_size:], scores, maps):
             target = overlay_path(Path(cfg.out) / "predict", sample.path)
@@ -1802,7 +1852,7 @@ def predict(given: dict, paths: list[str]) -> None:
                               "anomalous": score > threshold, "overlay": str(target)}))
 
 
-def load_trained(given: dict):
+def load_trained(given: dict) -> tuple:
     """Settings, detector, checkpoint and device for eval and predict."""
     path = checkpoint_path(given)
     content = load_checkpoint(path, "cnc")
@@ -1811,29 +1861,29 @@ def load_trained(given: dict):
                         f"{content['steps']}; finish it with --resume")
     cfg = Config(**stored_config(content, given, MAY_DIFFER + ("data", "batch_size"), path))
     detector, device = build(cfg, content)
-    make_folder(Path(cfg.out))
     return cfg, detector, content, device
 
 
-def main(argv=None) -> int:
-    """Run the command line; 0 on success, 2 after a mistake of the user's, told in one line."""
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; 0 on success, 2 after a mistake of the user's, told in one line, 130
+    after Ctrl-C."""
+    started = time.time()
     try:
         with joined_processes():
             command, paths, given = parse_args(argv, Config, __doc__)
             if command == "train":
-                train(given)
+                train(given, started)
             elif command == "predict":
                 predict(given, paths)
             else:
-                started = time.time()
                 cfg, detector, content, device = load_trained(given)
                 test_set = read_dataset(Path(cfg.data), test_only=True)[1]
-                evaluate(cfg, detector, content, test_set, device, started)
+                with output_folder(Path(cfg.out)):
+                    evaluate(cfg, detector, content, test_set, device, started)
         return 0
     except (Exception, KeyboardInterrupt) as e:
-        message = one_line(e)
-    print(f"cnc.py: error: {message}", file=sys.stderr)
-    return 2
+        print(f"cnc.py: error: {one_line(e)}", file=sys.stderr)
+        return 130 if isinstance(e, KeyboardInterrupt) else 2
 
 
 if __name__ == "__main__":

@@ -99,8 +99,8 @@ def results(out: Path) -> dict:
 
 
 def listing(folder: Path) -> dict[Path, int]:
-    """Every file below a folder with its size; empty for a folder that does not exist."""
-    return {p: p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+    """Every file below a folder with its size, but the lock; {} for a folder that is not there."""
+    return {p: p.stat().st_size for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
 def auroc(scores, labels, classes=None) -> float:
@@ -418,7 +418,7 @@ def test_random_teacher_takes_batchnorm_statistics_from_the_images(detector):
 def test_loss_and_map_are_cosine_distances(detector):
     features = detector.teacher(random_images(2))
     for sign, distance in ((1, 0.0), (-1, 2.0)):
-        detector.student.forward = lambda encoded: [sign * e for e in encoded]
+        detector.student.forward = lambda encoded, sign=sign: [sign * e for e in encoded]
         assert detector(features).item() == pytest.approx(3 * distance, abs=1e-4)
         pooled, maps = detector.describe(features)
         assert len(pooled) == 2 and pooled.ndim == 2 and maps.shape == (2, 64, 64)
@@ -1437,7 +1437,7 @@ def test_cnc_a_killed_run_goes_on_as_if_nothing_had_happened(step, data, cnc_tra
 
     with monkeypatch.context() as patch:
         patch.setattr(cnc, "save_checkpoint", save_and_die)
-        assert run("--data", data, "--out", out, *CNC_FLAGS, script=cnc) == 2
+        assert run("--data", data, "--out", out, *CNC_FLAGS, script=cnc) == 130
     assert {p.name for p in listing(out)} == {"checkpoint.pt"}  # and no cache
     assert "--resume" in capsys.readouterr().err
     fails("eval", "--checkpoint", out / "checkpoint.pt", says=[f"step {step} of 6", "--resume"],
@@ -1971,14 +1971,6 @@ def out_of_memory(script, monkeypatch, tmp_path):
     return [], ["out of memory", "--batch-size"]
 
 
-def control_c(script, monkeypatch, tmp_path):
-    def loss(*args, **more):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(DETECTOR_OF[script], "forward", loss)
-    return [], ["interrupted", "--resume"]
-
-
 def full_disk_for_the_cache(script, monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     return ["--cache", "disk"], ["--cache", "space"]
@@ -1995,7 +1987,7 @@ def no_network(script, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("script, spoil", [
     *((script, spoil) for script in (cada, cnc)
-      for spoil in (nan_loss, diverged_in_the_last_step, out_of_memory, control_c)),
+      for spoil in (nan_loss, diverged_in_the_last_step, out_of_memory)),
     (cada, full_disk_for_the_cache), (cada, no_network)], ids=lambda x: x.__name__)
 def test_a_run_that_cannot_go_on(script, spoil, data, tmp_path, monkeypatch, fails):
     words, says = spoil(script, monkeypatch, tmp_path)
@@ -2263,7 +2255,7 @@ def bench_evaluation(name, script, detector, images, device, batch_size) -> None
     def evaluation():
         encoded = (detector.teacher(x) for x in script.image_loader(images, device, 0,
                                                                     batch_size=batch_size))
-        script.image_score(script.smooth(script.describe_all(detector, encoded, len(images))[1]))
+        script.image_score(script.smooth(script.describe_all(detector, encoded)[1]))
 
     @torch.no_grad()
     def networks():
