@@ -717,36 +717,6 @@ class Student(nn.Module):
         return [self.decode1(d2), d2, d3]
 
 
-class CPUSyncBatchNorm(nn.BatchNorm2d):
-    """BatchNorm2d whose batch is that of all processes. nn.SyncBatchNorm, PyTorch's own, has no
-    CPU kernels."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(x)
-        count = process()[1]
-        mean = sum_over_processes(x.mean((0, 2, 3))) / count
-        centred = x - mean[:, None, None]
-        variance = sum_over_processes(centred.square().mean((0, 2, 3))) / count
-        n = count * x.numel() / len(mean)
-        with torch.no_grad():  # like BatchNorm2d, which keeps the unbiased variance
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * n / (n - 1), self.momentum)
-            self.num_batches_tracked += 1
-        scale = self.weight * (variance + self.eps).rsqrt()
-        return centred * scale[:, None, None] + self.bias[:, None, None]
-
-
-def synchronise_batchnorm(student: nn.Module, device: torch.device) -> None:
-    """Let N processes have the BatchNorm statistics that one would have with the whole batch."""
-    if device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(student)
-        return
-    for m in student.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            m.__class__ = CPUSyncBatchNorm  # the same parameters and buffers, another forward
-
-
 class RevDist(nn.Module):
     """Reverse distillation, the detector under CADA: its name is [paper], its shapes are RD's.
 
@@ -1132,19 +1102,14 @@ def image_loader(images: Images, device: torch.device, workers: int,
     workers = min(workers, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     loader = DataLoader(images, num_workers=workers,
                         pin_memory=device.type == "cuda", generator=torch.Generator(), **batching)
-    for x in loader:
-        yield to_device(x, device)
+    for x in loader:  # in the layout that convolutions are fast in
+        yield x.to(device, memory_format=torch.channels_last, non_blocking=True)
 
 
 def image_batches(images: Images, cfg: Config, device: torch.device) -> Iterable[Tensor]:
     """Preprocessed images in order, batch by batch, on the device."""
     return progress(image_loader(images, device, cfg.workers, batch_size=cfg.batch_size), "images",
                     total=math.ceil(len(images) / cfg.batch_size))
-
-
-def to_device(images: Tensor, device: torch.device) -> Tensor:
-    """Copy an image batch to the device, in the layout that convolutions are fast in."""
-    return images.to(device, memory_format=torch.channels_last, non_blocking=True)
 
 
 def in_order(n: int, batch_size: int) -> list[list[int]]:
@@ -1537,8 +1502,8 @@ def train_detector(cfg: Config, detector: nn.Module, source: FeatureCache | Imag
     validation and no best epoch, which could only be chosen on test images: the last step counts.
     """
     student, (rank, count) = detector.student, process()
-    if count > 1:
-        synchronise_batchnorm(student, device)
+    if count > 1 and device.type == "cuda":  # PyTorch's SyncBatchNorm has no CPU kernels, so there
+        nn.SyncBatchNorm.convert_sync_batchnorm(student)  # each process normalises its own batch
     # Optimiser and schedule: [author], written for a sibling model.
     optimizer = torch.optim.AdamW(student.parameters(), cfg.lr, weight_decay=1e-5, amsgrad=True,
                                   fused=True)  # one pass over the memory: 3 x faster on a CPU

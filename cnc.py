@@ -1271,19 +1271,14 @@ def image_loader(images: Images, device: torch.device, workers: int,
     workers = min(workers, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     loader = DataLoader(images, num_workers=workers,
                         pin_memory=device.type == "cuda", generator=torch.Generator(), **batching)
-    for x in loader:
-        yield to_device(x, device)
+    for x in loader:  # in the layout that convolutions are fast in
+        yield x.to(device, memory_format=torch.channels_last, non_blocking=True)
 
 
 def image_batches(images: Images, cfg: Config, device: torch.device) -> Iterable[Tensor]:
     """Preprocessed images in order, batch by batch, on the device."""
     return progress(image_loader(images, device, cfg.workers, batch_size=cfg.batch_size), "images",
                     total=math.ceil(len(images) / cfg.batch_size))
-
-
-def to_device(images: Tensor, device: torch.device) -> Tensor:
-    """Copy an image batch to the device, in the layout that convolutions are fast in."""
-    return images.to(device, memory_format=torch.channels_last, non_blocking=True)
 
 
 def in_order(n: int, batch_size: int) -> list[list[int]]:
@@ -1619,7 +1614,8 @@ def plot_inside(cfg: Config, detector: CNC, test_set: list[Sample], masks: Tenso
     layers = {"anomaly map": (maps, 0, 2 * threshold, "inferno", "1 - cos")}
     pictures = [row for label in (0, 1) for row in picture_rows(test_set, masks, layers, label)]
     if gate is not None:
-        colours = ListedColormap(EXPERT_COLOURS, N=gate.shape[-1])  # repeats them if need be
+        colours = ListedColormap([EXPERT_COLOURS[k % len(EXPERT_COLOURS)]
+                                  for k in range(gate.shape[-1])])
         experts = {"expert": (gate.argmax(-1) + 1, 0.5, gate.shape[-1] + 0.5, colours, "expert")}
         pictures += picture_rows(samples, None, experts, 1)[1:]
         plot_experts(out / "experts.png", samples, gate)
