@@ -400,10 +400,11 @@ class Sample:
 
 
 def images_in(folder: Path, recursive: bool = False) -> list[Path]:
-    """Image files below `folder` in name order, hidden ones (macOS leaves some) left out."""
+    """Image files below `folder` in name order, without hidden ones (macOS leaves some); a dangling
+    link is one, which load_image() will report."""
     found = folder.rglob("*") if recursive else folder.glob("*")
     return sorted(p for p in found if p.suffix.lower() in SUFFIXES and p.name[0] != "."
-                  and p.is_file())
+                  and (p.is_file() or p.is_symlink()))
 
 
 def pair_masks(images: list[Path], folder: Path) -> dict[Path, Path]:
@@ -445,19 +446,21 @@ def read_mvtec(root: Path) -> tuple[list[Sample], list[Sample]]:
 
 
 def read_visa(root: Path) -> tuple[list[Sample], list[Sample]]:
-    """Read the raw VisA archive by its own split file, split_csv/1cls.csv."""
-    splits, columns = {"train": [], "test": []}, {"object", "split", "label", "image", "mask"}
-    with open(root / "split_csv/1cls.csv", newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            if not columns <= row.keys():
-                raise UserError(f"{file.name} lacks a column of {', '.join(sorted(columns))}; "
-                                "take the file from VisA's archive")
-            label = int(row["label"] != "normal")
-            if label and not row["mask"]:
-                raise UserError(f"no mask for {row['image']} in {file.name}; add it")
-            mask = root / row["mask"] if label else None
-            sample = Sample(root / row["image"], row["object"], label, mask)
-            splits.setdefault(row["split"], []).append(sample)
+    """Read the raw VisA archive by its own split file, split_csv/1cls.csv. Raises UserError."""
+    path, splits = root / "split_csv/1cls.csv", {"train": [], "test": []}
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                label = int(row["label"] != "normal")
+                if label and not row["mask"]:
+                    raise ValueError(f"no mask for {row['image']}")
+                mask = root / row["mask"] if label else None
+                sample = Sample(root / row["image"], row["object"], label, mask)
+                splits.setdefault(row["split"], []).append(sample)
+    except KeyError as e:
+        raise UserError(f"{path} lacks the column {e}; take the file from VisA's archive")
+    except (OSError, TypeError, ValueError, csv.Error) as e:
+        raise UserError(f"cannot read {path}: {e}; take the file from VisA's archive")
     return splits["train"], splits["test"]
 
 
@@ -496,6 +499,7 @@ def check_samples(samples: list[Sample]) -> None:
 def load_image(path: Path) -> Image.Image:
     """Any image file as 8-bit RGB, upright. Raises UserError if it cannot be read."""
     try:
+        str(path).encode()  # a name that is no Unicode could not stand in scores.csv
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
             if image.mode == "F":
@@ -1303,7 +1307,7 @@ def plot_rows(path: Path, title: str, rows: list[tuple]) -> None:
         else:
             bar.set_axis_off()
     for cell, cls in zip(axes[0][:-1], classes):
-        cell.set_title(cls, fontsize=12)
+        cell.set_title(cls, fontsize=12, parse_math=False)  # the $ in a name is a $
     figure.suptitle(title, fontsize=14)
     save_figure(path, figure)
 
@@ -1345,8 +1349,8 @@ def write_overlay(path: Path, image: Image.Image, anomaly_map: Tensor, full: flo
     to its value, so a good image looks like itself.
     """
     heat = (anomaly_map / full).clamp(0, 1).mul(255).byte().numpy()
+    colour = Image.fromarray(colormaps["inferno"](heat, bytes=True)[..., :3]).resize(image.size)
     heat = Image.fromarray(heat).resize(image.size, Image.BILINEAR)
-    colour = Image.fromarray(colormaps["inferno"](np.asarray(heat), bytes=True)[..., :3])
     with atomic(path) as partial:
         Image.composite(colour, image, heat.point(lambda value: 0.8 * value)).save(partial)
 
@@ -1374,7 +1378,7 @@ def plot_distributions(path: Path, title: str, panels: dict[str, tuple], labels:
                           label=None if row else ("normal", "anomalous")[label])
             ax.axhline(row, color="lightgrey", linewidth=0.8)
         ax.axvline(threshold, color="black", linestyle="--", label="threshold")
-        ax.set_yticks(range(len(names)), names, fontsize=12)
+        ax.set_yticks(range(len(names)), names, fontsize=12, parse_math=False)
         ax.set_title(what, fontsize=12)
         ax.set_xlabel("image score (last bin: that and above)", fontsize=11)
         ax.spines[["top", "right", "left"]].set_visible(False)
