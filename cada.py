@@ -13,9 +13,9 @@ is used in training or at test. The detector is not changed, so nearly any will 
 
     image (B, 3, S, S)
       |
-    Teacher, frozen ResNet ---> f1, f2, f3 ---> Student: fuse, bottleneck, decode ---> d1, d2, d3
+    Teacher, frozen ResNet ---> e1, e2, e3 ---> Student: fuse, bottleneck, decode ---> d1, d2, d3
                                     |                                                      |
-                  mean and std over all positions              1 - cos(f, d) at each position,
+                  mean and std over all positions              1 - cos(e, d) at each position,
                                     |                          up-sampled, averaged over layers
                         pooled (B, 2(C1+C2+C3))                                            |
                                     |                                   raw map A (B, S, S)
@@ -26,12 +26,12 @@ is used in training or at test. The detector is not changed, so nearly any will 
 
 paper                                        here
   RevDist, the base detector [paper]           Teacher, Student, RevDist
-  cosine loss per flattened layer [author]     RevDist.loss
+  cosine loss per flattened layer [author]     RevDist.forward
   anomaly map A [author]                       RevDist.describe
   prediction of (u, gamma) [paper]             CADA.fit, CADA.predict; [ours] D5
   alignment A' [author]                        normalise
   Fig. 4(a): label known (oracle)              class_statistics [ours] D7
-  Fig. 5: score distributions                  plot_distributions
+  score distributions by class                 plot_distributions
   absolute-unified evaluation [paper]          "pooled" in summarise
 
     python cada.py                                     train and evaluate; without data/mvtec and
@@ -45,7 +45,7 @@ paper                                        here
 Measured on the demo set: random ResNet-18, 2 CPU cores, about 2 minutes a run, seeds 0-2, I-AUROC
 in %: pooled raw 66.6 +- 1.3, CADA 79.9 +- 2.5, label oracle 79.9 +- 2.5; class mean 81.3 +- 2.1 for
 all three; on CNC, pooled raw 88.5 +- 1.9, CADA and oracle 90.0 +- 0.7. MVTec AD, VisA and a GPU:
-not run here. ELPV, where it does harm with a random CLIP, and all that was tried: README.md.
+not run here. ELPV, where it does harm with a random CLIP, and all that was tried: data/RESULTS.md.
 """
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ import time
 import types
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import (AbstractContextManager, ExitStack, contextmanager, nullcontext,
-                        redirect_stderr, redirect_stdout, suppress)
+from contextlib import (AbstractContextManager, contextmanager, nullcontext, redirect_stderr,
+                        redirect_stdout, suppress)
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from importlib import metadata
@@ -150,7 +150,7 @@ def one_line(error: BaseException) -> str:
     Out of memory has many faces: CUDA, cuBLAS, MPS and CPU tensors have each their own message, and
     processes that read images run out of shared memory (in Docker) with a bus error.
     """
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()).encode(errors="backslashreplace").decode()
     if isinstance(error, UserError):
         return text
     if isinstance(error, KeyboardInterrupt):
@@ -187,10 +187,8 @@ def joined_processes() -> Iterator[None]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", store=store, rank=rank,
                             world_size=count, timeout=timedelta(hours=6))
     try:
-        with open(os.devnull, "w") as silence, ExitStack() as stack:
-            if rank:
-                stack.enter_context(redirect_stdout(silence))
-                stack.enter_context(redirect_stderr(silence))
+        with (open(os.devnull, "w") as silence, redirect_stdout(silence if rank else sys.stdout),
+              redirect_stderr(silence if rank else sys.stderr)):
             yield
             dist.all_reduce(torch.zeros(1))  # nobody leaves before rank 0 has got all and is done
     except (Exception, KeyboardInterrupt):
@@ -211,14 +209,13 @@ def gather(part: Tensor) -> Tensor | None:
     rank, count = process()
     if count == 1:
         return part
-    parts = [None] * count
-    dist.gather_object(part, None if rank else parts)
-    if rank:
-        return None
-    whole = torch.cat(parts)
-    for r, rows in enumerate(parts):
-        whole[r::count] = rows
-    return whole
+    n = torch.tensor(len(part))
+    dist.all_reduce(n)
+    padded = part.new_zeros(-(-n.item() // count), *part.shape[1:])  # shares differ by one at most
+    padded[:len(part)] = part
+    parts = None if rank else [torch.empty_like(padded) for _ in range(count)]
+    dist.gather(padded, parts)
+    return None if rank else torch.stack(parts, dim=1).flatten(0, 1)[:n]
 
 
 def sum_over_processes(x: Tensor) -> Tensor:
@@ -265,7 +262,7 @@ def parse_args(argv: list[str] | None, config: type, description: str,
         how = {"action": "store_true"} if f.type == "bool" else {
             "type": kind, "choices": f.metadata["choices"],
             "metavar": None if f.metadata["choices"] else kind.__name__.upper()}
-        default = "" if f.default in (None, False) else f" (default: {f.default})"
+        default = "" if f.default is None or f.default is False else f" (default: {f.default})"
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
                             help=f.metadata["help"] + default, **how)
     given = vars(parser.parse_intermixed_args(argv))
@@ -314,13 +311,16 @@ def choose_device(name: str) -> torch.device:
                             f"{torch.cuda.device_count()} GPUs; start one process a GPU")
         torch.cuda.set_device(local)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
-        torch.backends.cudnn.deterministic = True  # one seed, one result
+        torch.backends.cudnn.deterministic = True  # convolutions repeat; attention need not
     return torch.device(name, local) if name == "cuda" else torch.device(name)
 
 
-def autocast(device: torch.device) -> AbstractContextManager:
-    """bf16 on CUDA, full precision elsewhere: on a CPU or on MPS bf16 gains little or nothing."""
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    """Half precision on GPUs that have it, float32 elsewhere: not every CPU does. [ours] D19"""
+    if device.type != "cuda" or (dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(
+            including_emulation=False)):
+        return nullcontext()
+    return torch.autocast("cuda", dtype)
 
 
 def progress(items: Iterable, what: str, **more: object) -> tqdm:
@@ -339,10 +339,12 @@ class Config:
     out: str = option("runs/cada", "folder for everything that is written")
     seed: int = option(0, "seed of weights, batches and CADA's training")
     device: str = option("auto", "where to run", ("auto", "cpu", "cuda", "mps"))
-    teacher: str = option("wide_resnet50_2", "frozen torchvision ResNet; the default is RD's")
+    teacher: str = option("wide_resnet50_2", "frozen torchvision ResNet; the default is RD's "
+                         "[author]")
     weights: str = option("IMAGENET1K_V1", "its weights: torchvision tag, local file, or none "
-                          "(random)")
-    image_size: int = option(256, "images are squashed to a square of so many pixels")
+                          "(random) [author]")
+    image_size: int = option(256, "sides of the square that images are squashed to, in pixels "
+                             "[author]")
     batch_size: int = option(16, "images a training step [author]")
     iters: int = option(5000, "training steps of the detector [author]")
     lr: float = option(2e-3, "AdamW learning rate, x 0.2 at 80 %% of iters [author]")
@@ -480,7 +482,7 @@ def read_dataset(root: Path, test_only: bool = False) -> tuple[list[Sample], lis
         if len(samples) < process()[1]:
             raise UserError(f"--data {root}: {len(samples)} {part} images for {process()[1]} "
                             "processes; lower --nproc-per-node")
-    check_samples(test if test_only else train + test)
+    check_samples(share(test if test_only else train + test))
     return train, test
 
 
@@ -543,7 +545,8 @@ def load_masks(samples: list[Sample], size: int) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """What the teacher expects: a square of `size` pixels, channels normalised."""
+    """What the teacher expects: a square with sides of `size` pixels, channels normalised. An image
+    that is not square is squashed. [ours] D20"""
 
     size: int
     mean: tuple = (0.485, 0.456, 0.406)  # ImageNet
@@ -608,7 +611,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> list[Tensor]:
-        with autocast(x.device):
+        with autocast(x.device, torch.float16):
             f1 = self.layer1(self.stem(x))
             f2 = self.layer2(f1)
             f3 = self.layer3(f2)
@@ -690,7 +693,7 @@ def residual_stage(like: nn.Module, inputs: int, planes: int, depth: int,
 
 
 class Student(nn.Module):
-    """What RevDist trains, in RD's shapes: fusion, one-class bottleneck, mirrored decoder.
+    """What RevDist trains, in RD's shapes: fusion, one-class bottleneck (OCBE), mirrored decoder.
 
     forward: the teacher's [(B, C1, S/4, S/4), (B, C2, S/8, S/8), (B, C3, S/16, S/16)] -> the same
     shapes, reproduced from a code of (B, 2 * C3, S/32, S/32). 83.80 M parameters for
@@ -727,9 +730,9 @@ class RevDist(nn.Module):
     The decoder learned to reproduce the teacher's features e of normal images only; where its d
     fails, the image is anomalous: A(h,w) = mean over layers of 1 - <e,d> / (|e||d|). [author]
 
-    This is all that the rest of the file knows of a detector: `teacher` gives frozen features of
-    images, calling it gives the loss on them, and `describe` turns them into pooled features and a
-    raw anomaly map.
+    This is all that CADA and the shared code need of a detector: `preprocess` for images, `teacher`
+    for frozen features of them; called, it gives the loss on these, and `describe` turns them into
+    pooled features and a raw anomaly map.
     """
 
     def __init__(self, cfg: Config) -> None:
@@ -743,7 +746,7 @@ class RevDist(nn.Module):
         """The student's version of the teacher's features, both in float32 for the cosines."""
         # channels_last, like the weights: cuDNN's own layout (on a CPU no difference was measured).
         encoded = [f.float().contiguous(memory_format=torch.channels_last) for f in features]
-        with autocast(features[0].device):
+        with autocast(features[0].device, torch.bfloat16):
             decoded = self.student(encoded)
         return encoded, [d.float() for d in decoded]
 
@@ -952,6 +955,7 @@ def pixel_metrics(maps: Tensor, masks: Tensor, device: torch.device = CPU) -> di
     against the pixel false-positive rate, up to 0.3. Sums are float64: float32 loses integers above
     2^24. Memory on the CPU: about 10 bytes a pixel if 7 % are anomalous. NaN if a label is missing.
     """
+    torch.cuda.empty_cache()  # what training left unused counts as free then
     if device.type == "mps" or device.type == "cuda" and (
             torch.cuda.mem_get_info(device)[0] < 40 * maps.numel()):
         device = CPU  # MPS has no float64; a small GPU not the memory
@@ -1078,9 +1082,12 @@ class FeatureCache:
     def __len__(self) -> int:
         return len(self.array)
 
-    def load(self, rows: list[int]) -> list[Tensor]:
+    def load(self, rows: list[int], device: torch.device) -> list[Tensor]:
         """The features of some images as the teacher gives them: a list of layers, (B, ...)."""
-        parts = torch.from_numpy(self.array[rows]).split([s.numel() for s in self.shapes], dim=1)
+        values = torch.from_numpy(self.array[rows])
+        if device.type == "cuda":  # pinned memory is what can be copied while the GPU works
+            values = values.pin_memory()
+        parts = values.to(device, non_blocking=True).split([s.numel() for s in self.shapes], dim=1)
         return [p.unflatten(1, s) for p, s in zip(parts, self.shapes)]
 
 
@@ -1090,13 +1097,16 @@ def feature_batches(source: FeatureCache | Images, batches: list[list[int]], tea
     the images, computed anew."""
     if isinstance(source, FeatureCache):
         for rows in batches:
-            parts = source.load(rows)
-            if device.type == "cuda":  # pinned memory is what can be copied while the GPU works
-                parts = [p.pin_memory() for p in parts]
-            yield [p.to(device, non_blocking=True) for p in parts]
+            yield source.load(rows, device)
     else:
         for x in image_loader(source, device, workers, batch_sampler=batches):
             yield teacher(x)
+
+
+def ignore_interrupt(worker: int) -> None:
+    """Ctrl-C is the main process's affair: a worker that ended would take the running step along.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def image_loader(images: Images, device: torch.device, workers: int,
@@ -1104,7 +1114,7 @@ def image_loader(images: Images, device: torch.device, workers: int,
     """Batches of images (B, 3, S, S) on the device. Its generator is its own, so that loading draws
     nothing from the one that training uses, and a resumed run draws the same."""
     workers = min(workers, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    loader = DataLoader(images, num_workers=workers,
+    loader = DataLoader(images, num_workers=workers, worker_init_fn=ignore_interrupt,
                         pin_memory=device.type == "cuda", generator=torch.Generator(), **batching)
     for x in loader:  # in the layout that convolutions are fast in
         yield x.to(device, memory_format=torch.channels_last, non_blocking=True)
@@ -1349,7 +1359,8 @@ def write_overlay(path: Path, image: Image.Image, anomaly_map: Tensor, full: flo
     to its value, so a good image looks like itself.
     """
     heat = (anomaly_map / full).clamp(0, 1).mul(255).byte().numpy()
-    colour = Image.fromarray(colormaps["inferno"](heat, bytes=True)[..., :3]).resize(image.size)
+    colour = Image.fromarray(colormaps["inferno"](heat, bytes=True)[..., :3])
+    colour = colour.resize(image.size, Image.BILINEAR)
     heat = Image.fromarray(heat).resize(image.size, Image.BILINEAR)
     with atomic(path) as partial:
         Image.composite(colour, image, heat.point(lambda value: 0.8 * value)).save(partial)
@@ -1489,8 +1500,6 @@ def say_what_runs(cfg: Config, detector: nn.Module, device: torch.device, train_
     classes = len({s.cls for s in train_set})
     print(f"{len(train_set)} training and {len(test_set)} test images of {classes} classes; "
           f"device {device}; output in {cfg.out}", file=sys.stderr)
-    if cfg.cache == "off":
-        print("cache: off, teacher features are computed anew at every step", file=sys.stderr)
     if detector.teacher.random:
         print(f"teacher: {cfg.teacher} with RANDOM weights (seed {cfg.seed}): this shows that the "
               "method works, its numbers are not the paper's", file=sys.stderr)
@@ -1525,13 +1534,13 @@ def train_detector(cfg: Config, detector: nn.Module, source: FeatureCache | Imag
                    "training", total=cfg.iters, initial=step)
     save_every = max(1, cfg.iters // 10)
 
+    teacher = {"identity": detector.teacher.identity(),
+               "state": detector.teacher.state_dict() if detector.teacher.random else None}
+
     def state() -> dict:
-        teacher = detector.teacher
         return {"detector": NAME, "config": asdict(cfg), "step": step,
                 "student": student.state_dict(), "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(), "random": random_states(),
-                "teacher": {"identity": teacher.identity(),
-                            "state": teacher.state_dict() if teacher.random else None}}
+                "schedule": schedule.state_dict(), "random": random_states(), "teacher": teacher}
 
     with polite_interrupt() as interrupted:
         for features in bar:
@@ -1542,20 +1551,20 @@ def train_detector(cfg: Config, detector: nn.Module, source: FeatureCache | Imag
             schedule.step()
             step += 1
             due = step % save_every == 0 or step == cfg.iters
-            if due or step % 20 == 0:  # seldom: it waits for the GPU
+            if due or step % 20 == 0:  # seldom: item() makes the host wait for the GPU
                 value = sum_over_processes(loss.detach()).item() / count
                 if not math.isfinite(value):
                     raise UserError(f"the loss is {value} at step {step}; lower --lr {cfg.lr}")
                 bar.set_postfix(loss=f"{value:.4f}")
             if (due or interrupted) and rank == 0:
                 save_checkpoint(Path(cfg.out) / "checkpoint.pt", state())
-            if interrupted:
+            if interrupted and rank == 0:  # whom all others will miss in the next step
                 raise KeyboardInterrupt(f"interrupted at step {step}; go on with --resume")
     return state()
 
 
 def class_statistics(maps: Tensor, classes: list[str]) -> dict[str, list[float]]:
-    """{class: [u, gamma]}, the class means of the training images: the label oracle. [ours] D7"""
+    """{class: [u_c, gamma_c]}, class means over training images: the label oracle. [ours] D7"""
     statistics, names = map_statistics(maps), np.array(classes)
     return {c: statistics[names == c].mean(0).tolist() for c in sorted(set(classes))}
 
@@ -1564,13 +1573,13 @@ def evaluate(cfg: Config, detector: nn.Module, cada: CADA | None, content: dict,
              test_set: list[Sample], device: torch.device, started: float) -> None:
     """Score the test set raw, aligned by CADA and by the label oracle; write and print it all."""
     out, labels = Path(cfg.out), np.array([s.label for s in test_set])
-    classes, masks = np.array([s.cls for s in test_set]), load_masks(
-        test_set, detector.preprocess.size)
+    classes = np.array([s.cls for s in test_set])
     images = Images(share(test_set), detector.preprocess)
     encoded = (detector.teacher(x) for x in image_batches(images, cfg, device))
     features, maps = describe_all(detector, encoded)
     if maps is None:
         return  # rank 0 has them all, and does the rest
+    masks = load_masks(test_set, detector.preprocess.size)
     maps = smooth(maps)  # once for all three: aligning commutes with blurring
     u, gamma = cada.predict(features)
     statistics = {"raw": (torch.zeros_like(u), torch.ones_like(u)), "cada": (u, gamma)}

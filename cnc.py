@@ -22,7 +22,7 @@ sends each patch through 2 of 5 experts, so that patches of different kinds dist
       |      decode -> d1, d2, d3 (B, 1+N, C)               |
       |                                                     |
     P(e), P(d): CLIP's joint space (B, 1+N, D) <--- promote: v* = v + psi(v) t_n
-      |                                        <--- constrain: decoded CLS is nearer to t_n than t_a
+      |                                        <--- constrain: decoded CLS nearer to t_n than to t_a
     M = mean over taps of 1 - cos(e*, d*) -> (B, S, S) -> blur -> image score (B,)
 
 paper                                          here
@@ -51,7 +51,7 @@ Measured on the demo set: tiny random CLIP, about 2 minutes a run on 2 CPU cores
 class-mean I-AUROC / P-AUROC: 90.7 +- 1.3 / 93.6 +- 0.3, plain reverse distillation 91.2 +- 1.2 /
 94.3 +- 0.4; pooled I-AUROC 88.5 +- 1.9 against 86.3 +- 1.0. A random teacher's text means nothing:
 this proves the machinery, not the paper's gain. MVTec AD, VisA, trained CLIP weights and a GPU: not
-run here. ELPV and all that was tried: README.md.
+run here. ELPV and all that was tried: data/RESULTS.md.
 """
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ import time
 import types
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import (AbstractContextManager, ExitStack, contextmanager, nullcontext,
-                        redirect_stderr, redirect_stdout, suppress)
+from contextlib import (AbstractContextManager, contextmanager, nullcontext, redirect_stderr,
+                        redirect_stdout, suppress)
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from importlib import metadata
@@ -156,7 +156,7 @@ def one_line(error: BaseException) -> str:
     Out of memory has many faces: CUDA, cuBLAS, MPS and CPU tensors have each their own message, and
     processes that read images run out of shared memory (in Docker) with a bus error.
     """
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()).encode(errors="backslashreplace").decode()
     if isinstance(error, UserError):
         return text
     if isinstance(error, KeyboardInterrupt):
@@ -193,10 +193,8 @@ def joined_processes() -> Iterator[None]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", store=store, rank=rank,
                             world_size=count, timeout=timedelta(hours=6))
     try:
-        with open(os.devnull, "w") as silence, ExitStack() as stack:
-            if rank:
-                stack.enter_context(redirect_stdout(silence))
-                stack.enter_context(redirect_stderr(silence))
+        with (open(os.devnull, "w") as silence, redirect_stdout(silence if rank else sys.stdout),
+              redirect_stderr(silence if rank else sys.stderr)):
             yield
             dist.all_reduce(torch.zeros(1))  # nobody leaves before rank 0 has got all and is done
     except (Exception, KeyboardInterrupt):
@@ -217,14 +215,13 @@ def gather(part: Tensor) -> Tensor | None:
     rank, count = process()
     if count == 1:
         return part
-    parts = [None] * count
-    dist.gather_object(part, None if rank else parts)
-    if rank:
-        return None
-    whole = torch.cat(parts)
-    for r, rows in enumerate(parts):
-        whole[r::count] = rows
-    return whole
+    n = torch.tensor(len(part))
+    dist.all_reduce(n)
+    padded = part.new_zeros(-(-n.item() // count), *part.shape[1:])  # shares differ by one at most
+    padded[:len(part)] = part
+    parts = None if rank else [torch.empty_like(padded) for _ in range(count)]
+    dist.gather(padded, parts)
+    return None if rank else torch.stack(parts, dim=1).flatten(0, 1)[:n]
 
 
 def sum_over_processes(x: Tensor) -> Tensor:
@@ -271,7 +268,7 @@ def parse_args(argv: list[str] | None, config: type, description: str,
         how = {"action": "store_true"} if f.type == "bool" else {
             "type": kind, "choices": f.metadata["choices"],
             "metavar": None if f.metadata["choices"] else kind.__name__.upper()}
-        default = "" if f.default in (None, False) else f" (default: {f.default})"
+        default = "" if f.default is None or f.default is False else f" (default: {f.default})"
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
                             help=f.metadata["help"] + default, **how)
     given = vars(parser.parse_intermixed_args(argv))
@@ -320,13 +317,16 @@ def choose_device(name: str) -> torch.device:
                             f"{torch.cuda.device_count()} GPUs; start one process a GPU")
         torch.cuda.set_device(local)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
-        torch.backends.cudnn.deterministic = True  # one seed, one result
+        torch.backends.cudnn.deterministic = True  # convolutions repeat; attention need not
     return torch.device(name, local) if name == "cuda" else torch.device(name)
 
 
-def autocast(device: torch.device) -> AbstractContextManager:
-    """bf16 on CUDA, full precision elsewhere: on a CPU or on MPS bf16 gains little or nothing."""
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    """Half precision on GPUs that have it, float32 elsewhere: not every CPU does. [ours] D19"""
+    if device.type != "cuda" or (dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(
+            including_emulation=False)):
+        return nullcontext()
+    return torch.autocast("cuda", dtype)
 
 
 def progress(items: Iterable, what: str, **more: object) -> tqdm:
@@ -347,9 +347,11 @@ class Config:
     device: str = option("auto", "where to run", ("auto", "cpu", "cuda", "mps"))
     teacher: str = option("ViT-L-14-336", "frozen CLIP: an open_clip ViT [paper], or tiny, a small "
                           "one built here [ours] D3")
-    weights: str = option("openai", "its weights: open_clip tag, local file, or none (random)")
-    image_size: int = option(None, "images are squashed to a square of so many pixels, a multiple "
-                             "of the teacher's patch; default: what the teacher was made for")
+    weights: str = option("openai", "its weights: open_clip tag, local file, or none (random) "
+                          "[paper]")
+    image_size: int = option(None, "sides of the square that images are squashed to, in pixels, a "
+                             "multiple of the teacher's patch; default: what the teacher was made "
+                             "for, 336 [paper]")
     taps: str = option(None, "blocks of the teacher to reproduce, for instance 8,16,24; default: "
                        "at one third, two thirds and all of its depth [port]")
     batch_size: int = option(8, "images a training step [paper]")
@@ -368,7 +370,8 @@ class Config:
     no_moe: bool = option(False, "one expert instead of the gated mixture")
     no_fnp: bool = option(False, "no feature-level normality promotion")
     no_constraint: bool = option(False, "do not guide the decoded features towards normal text "
-                                 "(the prompts still learn if the promotion needs them)")
+                                 "(the prompts still learn if the promotion needs them) "
+                                "[ours] D9")
     quantile: float = option(0.99, "share of normal training scores below the threshold "
                              "[ours] D1")
     cache: str = option("auto", "teacher features in memory, in a temporary file, or computed "
@@ -501,7 +504,7 @@ def read_dataset(root: Path, test_only: bool = False) -> tuple[list[Sample], lis
         if len(samples) < process()[1]:
             raise UserError(f"--data {root}: {len(samples)} {part} images for {process()[1]} "
                             "processes; lower --nproc-per-node")
-    check_samples(test if test_only else train + test)
+    check_samples(share(test if test_only else train + test))
     return train, test
 
 
@@ -564,7 +567,8 @@ def load_masks(samples: list[Sample], size: int) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """What the teacher expects: a square of `size` pixels, channels normalised."""
+    """What the teacher expects: a square with sides of `size` pixels, channels normalised. An image
+    that is not square is squashed. [ours] D20"""
 
     size: int
     mean: tuple = (0.485, 0.456, 0.406)  # ImageNet
@@ -598,9 +602,9 @@ TINY = {"embed_dim": 192,
         "vision_cfg": {"image_size": 128, "patch_size": 16, "width": 192, "layers": 6},
         "text_cfg": {"context_length": 32, "width": 128, "heads": 2, "layers": 3}}
 
+KNOWN = "use for instance ViT-B-32, ViT-B-16, ViT-L-14, ViT-L-14-336"
 NO_PLAIN_VIT = ("--teacher {}: not a plain ViT with a CLS token and a text tower of CLIP's kind "
-                "(CNC reads patch tokens, CLS and prompts); use for instance ViT-B-32, ViT-B-16, "
-                "ViT-L-14, ViT-L-14-336")
+                f"(CNC reads patch tokens, CLS and prompts); {KNOWN}")
 
 
 def load_clip(name: str, weights: str, image_size: int | None) -> tuple[nn.Module, Callable]:
@@ -610,8 +614,7 @@ def load_clip(name: str, weights: str, image_size: int | None) -> tuple[nn.Modul
     """
     remedy = "give a local file with --weights FILE, or --weights none for a random teacher"
     if name != "tiny" and name not in open_clip.list_models():
-        raise UserError(f"--teacher {name}: unknown; use tiny or a ViT of open_clip's, for "
-                        "instance ViT-B-32, ViT-B-16, ViT-L-14, ViT-L-14-336")
+        raise UserError(f"--teacher {name}: unknown; use tiny or a ViT of open_clip's: {KNOWN}")
     if name != "tiny":  # ask before a download of gigabytes
         vision = open_clip.get_model_config(name)["vision_cfg"]
         if "timm_model_name" in vision or not isinstance(vision.get("layers", 12), int):
@@ -640,8 +643,7 @@ def load_clip(name: str, weights: str, image_size: int | None) -> tuple[nn.Modul
     except Exception as e:  # a failed download, a broken file, a missing package: many kinds
         reason = textwrap.shorten(str(e), 300, placeholder=" ...")
         if weights == "none":
-            raise UserError(f"--teacher {name}: cannot be built here ({reason}); use for instance "
-                            "ViT-B-32, ViT-B-16, ViT-L-14, ViT-L-14-336")
+            raise UserError(f"--teacher {name}: cannot be built here ({reason}); {KNOWN}")
         raise UserError(f"--weights {weights}: cannot load it into {name} ({reason}); {remedy}")
     finally:
         logging.disable(logging.NOTSET)
@@ -718,7 +720,7 @@ class Teacher(nn.Module):
         if x.shape[1:] != (3, self.preprocess.size, self.preprocess.size):
             raise ValueError(f"expected images (B, 3, {self.preprocess.size}, "
                              f"{self.preprocess.size}), got {tuple(x.shape)}")
-        with autocast(x.device):
+        with autocast(x.device, torch.float16):
             found = self.clip.visual.forward_intermediates(
                 x, indices=[t - 1 for t in self.taps], stop_early=True, intermediates_only=True,
                 output_fmt="NLC", output_extra_tokens=True)
@@ -751,7 +753,7 @@ class Teacher(nn.Module):
         self.whiten.copy_(whiten)
 
     def plain(self, features: list[Tensor]) -> list[Tensor]:
-        """Undo the whitening: [(B, 1 + N, C)] -> the same, as the network gave them (less a mean).
+        """Undo the whitening: [(B, 1 + N, C)] -> the same, layer-normalised, less a mean.
 
         Whitening brings out what tells patches apart, at the cost of what tells classes apart.
         [ours] D18
@@ -847,7 +849,8 @@ class GatedMoE(nn.Module):
         self.experts = nn.ModuleList(expert(dim) for _ in range(num_experts))
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(T, dim) -> weights (T, K), chosen experts (T, K), probabilities of all (T, experts)."""
+        """(T, dim) -> weights (T, K), chosen experts (T, K), probabilities of all (T, experts); T
+        tokens, K = top_k."""
         with torch.autocast(x.device.type, enabled=False):  # bf16 would change who is chosen
             logits = self.gate(x.float())
         top, chosen = logits.topk(self.top_k, dim=-1)
@@ -856,8 +859,8 @@ class GatedMoE(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         tokens = x.flatten(0, 1)  # (B, N, dim) -> (B*N, dim)
         weights, chosen, probabilities = self.route(tokens)
-        # Sorted by expert, each expert's tokens are one block: it sees its own tokens only, and a
-        # GPU waits for the host once, not once an expert.
+        # Sorted by expert, each expert's tokens are one block: it sees its own tokens only, and the
+        # host waits for the GPU once (tolist), not once an expert.
         order = chosen.flatten().argsort(stable=True)  # (T*K,)
         counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
         token = order // self.top_k
@@ -867,10 +870,10 @@ class GatedMoE(nn.Module):
         y = y.index_add(0, token, weights.flatten()[order, None] * answers)
         # (std / mean)^2 of the experts' summed probabilities: 0 when all are equally probable.
         # Without it the gate may settle on two experts that get all tokens and gradients. [port]
-        share = probabilities.sum(0)
+        load = probabilities.sum(0)
         if self.training:
-            share = sum_over_processes(share)
-        return y.view(x.shape), share.var(correction=0) / share.mean() ** 2
+            load = sum_over_processes(load)
+        return y.view(x.shape), load.var(correction=0) / load.mean() ** 2
 
 
 class Student(nn.Module):
@@ -896,7 +899,7 @@ class Student(nn.Module):
         if isinstance(self.moe, GatedMoE):
             x, balance = self.moe(x)
         else:
-            x = self.moe(x)
+            x = self.moe(x).float()  # as the mixture does: the ablation removes nothing else
         decoded = []
         for block in self.blocks:
             x = block(x)
@@ -922,12 +925,12 @@ def promote(v: Tensor, t_normal: Tensor, t_abnormal: Tensor) -> Tensor:
 class CNC(nn.Module):
     """Reverse distillation with a cross-modal normality constraint.
 
-    This is all that the rest of the file knows of a detector: `teacher` gives frozen features of
-    images, calling it gives the loss on them, and `describe` turns them into pooled features and a
-    raw anomaly map.
+    This is all that CADA and the shared code need of a detector: `preprocess` for images, `teacher`
+    for frozen features of them; called, it gives the loss on these, and `describe` turns them into
+    pooled features and a raw anomaly map.
     """
 
-    CONSTRAINT_WEIGHT, BALANCE_WEIGHT = 0.1, 0.01  # [ours] D10, [ours] D14
+    CONSTRAINT_WEIGHT, BALANCE_WEIGHT = 0.1, 0.01  # w_cm [ours] D10, [ours] D14
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
@@ -942,12 +945,12 @@ class CNC(nn.Module):
     def decode(self, features: list[Tensor]) -> tuple[list, list, Tensor]:
         """Teacher features -> encoded and decoded tokens, float32, and the balance loss."""
         encoded = [f.float() for f in features]
-        with autocast(features[0].device):
+        with autocast(features[0].device, torch.bfloat16):
             decoded, balance = self.student(encoded)
         return encoded, [d.float() for d in decoded], balance
 
     def train(self, mode: bool = True) -> nn.Module:
-        """Forget the text features: whoever changes weights or device ends with train() or eval().
+        """Forget the cached text features: call train() or eval() after changing weights or device.
         """
         self.text = None
         return super().train(mode)
@@ -1031,7 +1034,7 @@ class CNC(nn.Module):
                    for tokens in (encoded, decoded)]
         gate, moe = None, self.student.moe
         if isinstance(moe, GatedMoE):
-            with autocast(features[0].device):
+            with autocast(features[0].device, torch.bfloat16):
                 x = self.student.fuse(torch.cat(encoded, dim=-1))[:, 1:]
             weights, chosen, probabilities = moe.route(x.flatten(0, 1))
             gate = torch.zeros_like(probabilities).scatter(1, chosen, weights)
@@ -1121,6 +1124,7 @@ def pixel_metrics(maps: Tensor, masks: Tensor, device: torch.device = CPU) -> di
     against the pixel false-positive rate, up to 0.3. Sums are float64: float32 loses integers above
     2^24. Memory on the CPU: about 10 bytes a pixel if 7 % are anomalous. NaN if a label is missing.
     """
+    torch.cuda.empty_cache()  # what training left unused counts as free then
     if device.type == "mps" or device.type == "cuda" and (
             torch.cuda.mem_get_info(device)[0] < 40 * maps.numel()):
         device = CPU  # MPS has no float64; a small GPU not the memory
@@ -1247,9 +1251,12 @@ class FeatureCache:
     def __len__(self) -> int:
         return len(self.array)
 
-    def load(self, rows: list[int]) -> list[Tensor]:
+    def load(self, rows: list[int], device: torch.device) -> list[Tensor]:
         """The features of some images as the teacher gives them: a list of layers, (B, ...)."""
-        parts = torch.from_numpy(self.array[rows]).split([s.numel() for s in self.shapes], dim=1)
+        values = torch.from_numpy(self.array[rows])
+        if device.type == "cuda":  # pinned memory is what can be copied while the GPU works
+            values = values.pin_memory()
+        parts = values.to(device, non_blocking=True).split([s.numel() for s in self.shapes], dim=1)
         return [p.unflatten(1, s) for p, s in zip(parts, self.shapes)]
 
 
@@ -1259,13 +1266,16 @@ def feature_batches(source: FeatureCache | Images, batches: list[list[int]], tea
     the images, computed anew."""
     if isinstance(source, FeatureCache):
         for rows in batches:
-            parts = source.load(rows)
-            if device.type == "cuda":  # pinned memory is what can be copied while the GPU works
-                parts = [p.pin_memory() for p in parts]
-            yield [p.to(device, non_blocking=True) for p in parts]
+            yield source.load(rows, device)
     else:
         for x in image_loader(source, device, workers, batch_sampler=batches):
             yield teacher(x)
+
+
+def ignore_interrupt(worker: int) -> None:
+    """Ctrl-C is the main process's affair: a worker that ended would take the running step along.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def image_loader(images: Images, device: torch.device, workers: int,
@@ -1273,7 +1283,7 @@ def image_loader(images: Images, device: torch.device, workers: int,
     """Batches of images (B, 3, S, S) on the device. Its generator is its own, so that loading draws
     nothing from the one that training uses, and a resumed run draws the same."""
     workers = min(workers, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    loader = DataLoader(images, num_workers=workers,
+    loader = DataLoader(images, num_workers=workers, worker_init_fn=ignore_interrupt,
                         pin_memory=device.type == "cuda", generator=torch.Generator(), **batching)
     for x in loader:  # in the layout that convolutions are fast in
         yield x.to(device, memory_format=torch.channels_last, non_blocking=True)
@@ -1518,7 +1528,8 @@ def write_overlay(path: Path, image: Image.Image, anomaly_map: Tensor, full: flo
     to its value, so a good image looks like itself.
     """
     heat = (anomaly_map / full).clamp(0, 1).mul(255).byte().numpy()
-    colour = Image.fromarray(colormaps["inferno"](heat, bytes=True)[..., :3]).resize(image.size)
+    colour = Image.fromarray(colormaps["inferno"](heat, bytes=True)[..., :3])
+    colour = colour.resize(image.size, Image.BILINEAR)
     heat = Image.fromarray(heat).resize(image.size, Image.BILINEAR)
     with atomic(path) as partial:
         Image.composite(colour, image, heat.point(lambda value: 0.8 * value)).save(partial)
@@ -1736,8 +1747,6 @@ def say_what_runs(cfg: Config, detector: nn.Module, device: torch.device, train_
     if detector.guided and cfg.theta >= cfg.epochs:
         print(f"--theta {cfg.theta} is all of the {cfg.epochs} epochs: the decoder will not be "
               "guided", file=sys.stderr)
-    if cfg.cache == "off":
-        print("cache: off, teacher features are computed anew at every step", file=sys.stderr)
     if detector.teacher.random:
         print(f"teacher: RANDOM weights (seed {cfg.seed}), so text means nothing to it: this shows "
               "that the machinery works, its numbers are not the paper's", file=sys.stderr)
@@ -1795,14 +1804,14 @@ def train_detector(cfg: Config, detector: nn.Module, source: FeatureCache | Imag
             optimizer.step()
             step += 1
             due = step % save_every == 0 or step == steps
-            if due or step % 20 == 0:  # seldom: it waits for the GPU
+            if due or step % 20 == 0:  # seldom: item() makes the host wait for the GPU
                 value = sum_over_processes(loss.detach()).item() / count
                 if not math.isfinite(value):
                     raise UserError(f"the loss is {value} at step {step}; lower --lr {cfg.lr}")
                 bar.set_postfix(loss=f"{value:.4f}")
             if (due or interrupted) and rank == 0:
                 save_checkpoint(Path(cfg.out) / "checkpoint.pt", state())
-            if interrupted:
+            if interrupted and rank == 0:  # whom all others will miss in the next step
                 raise KeyboardInterrupt(f"interrupted at step {step}; go on with --resume")
     return state()
 
@@ -1811,13 +1820,13 @@ def evaluate(cfg: Config, detector: CNC, content: dict, test_set: list[Sample],
              device: torch.device, started: float) -> None:
     """Score the test set; write and print it all."""
     out, labels = Path(cfg.out), np.array([s.label for s in test_set])
-    classes, masks = np.array([s.cls for s in test_set]), load_masks(test_set,
-                                                                     detector.preprocess.size)
+    classes = np.array([s.cls for s in test_set])
     images = Images(share(test_set), detector.preprocess)
     encoded = (detector.teacher(x) for x in image_batches(images, cfg, device))
     maps = describe_all(detector, encoded)[1]
     if maps is None:
         return  # rank 0 has them all, and does the rest
+    masks = load_masks(test_set, detector.preprocess.size)
     maps = smooth(maps)
     scores, threshold = image_score(maps).numpy(), content["threshold"]
     anomalous = scores > threshold
@@ -1855,7 +1864,7 @@ def predict(given: dict, paths: list[str]) -> None:
 def load_trained(given: dict) -> tuple:
     """Settings, detector, checkpoint and device for eval and predict."""
     path = checkpoint_path(given)
-    content = load_checkpoint(path, "cnc")
+    content = load_checkpoint(path, NAME)
     if "threshold" not in content:
         raise UserError(f"--checkpoint {path}: its training stopped at step {content['step']} of "
                         f"{content['steps']}; finish it with --resume")

@@ -9,17 +9,26 @@ import ast
 import csv
 import importlib.util
 import inspect
+import io
+import itertools
 import json
 import math
+import multiprocessing
 import os
+import pickle
+import pkgutil
+import random
 import re
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import tarfile
 import time
-from contextlib import nullcontext
+import zlib
+from contextlib import nullcontext, suppress
 from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,6 +41,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from scipy import ndimage
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
@@ -443,7 +453,7 @@ def test_bfloat16_student_is_close_to_float32(detector, monkeypatch):
     features = detector.eval().teacher(random_images(2))
     with torch.no_grad():
         exact, exact_loss = detector.describe(features)[1], detector(features)
-        monkeypatch.setattr(cada, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
+        monkeypatch.setattr(cada, "autocast", lambda *_: torch.autocast("cpu", torch.bfloat16))
         assert detector.student([f.float() for f in features])[0].dtype == torch.float32
         maps, loss = detector.describe(features)[1], detector(features)
     assert maps.dtype == loss.dtype == torch.float32
@@ -1045,7 +1055,7 @@ def test_cnc_bfloat16_student_is_close_to_float32(tokens, monkeypatch):
     detector = cnc_detector()
     with torch.no_grad():
         exact, exact_loss = detector.describe(tokens)[1], detector(tokens)
-        monkeypatch.setattr(cnc, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
+        monkeypatch.setattr(cnc, "autocast", lambda *_: torch.autocast("cpu", torch.bfloat16))
         maps, loss = detector.describe(tokens)[1], detector(tokens)
     assert maps.dtype == loss.dtype == torch.float32
     assert not torch.equal(maps, exact)  # else nothing ran in bfloat16
@@ -2173,6 +2183,375 @@ def test_cnc_no_network(error, data, monkeypatch, fails):
 def test_cnc_a_good_checkpoint_and_a_bad_command(words, says, cnc_trained, fails):
     fails(*words.split(), "--checkpoint", cnc_trained.checkpoint, says=says, script=cnc)
 
+# ---- hardening -----------------------------------------------------------------------------------
+SMALL = {cada: [*FLAGS, "--image-size", 32, "--iters", 2, "--cache", "disk"],
+         cnc: [*CNC_FLAGS, "--image-size", 32, "--cache", "disk"]}
+IS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0  # whom no permission stops
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes and sends them signals")
+
+
+def child(name: str, words: list[str], log: str, interrupt: tuple[str, int] | None) -> None:
+    """The command line in a process of its own; `interrupt`, such as ("torch.optim:Adam step", 3),
+    presses Ctrl-C at the end of the third call of that function."""
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.setpgrp()  # Ctrl-C reaches the processes that read images, too, and not this test
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs may lack it
+    multiprocessing.set_start_method("fork", force=True)  # again; in a child it is the server's
+    Figure.savefig = lambda self, path, **more: Path(path).write_bytes(b"half of a run's time")
+    if interrupt:
+        owner, attribute = interrupt[0].split()
+        owner, calls = pkgutil.resolve_name(owner), itertools.count(1)
+        function = getattr(owner, attribute)
+
+        def wrapped(*args, **more):
+            result = function(*args, **more)
+            if next(calls) == interrupt[1]:
+                os.killpg(0, signal.SIGINT)
+            return result
+
+        setattr(owner, attribute, wrapped)
+    sys.exit(run(*words, script=sys.modules[name]))
+
+
+@pytest.fixture
+def start(monkeypatch):
+    """Start child(): by fork from a process that has imported everything and done nothing."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    context, children = multiprocessing.get_context("forkserver"), []
+    context.set_forkserver_preload([__name__])
+
+    def start(script, *words, log: Path, interrupt=None):
+        words = [str(w) for w in words]
+        children.append(context.Process(target=child, args=(script.__name__, words, str(log),
+                                                            interrupt)))
+        children[-1].start()
+        return children[-1]
+
+    yield start
+    for process in children:
+        process.kill()
+
+
+def ended(process) -> int:
+    process.join(120)
+    return process.exitcode
+
+
+def small_run(start, data, script, out: Path, *more, **how):
+    return start(script, "--data", data, "--out", out, *SMALL[script], *more,
+                 log=out.with_suffix(".log"), **how)
+
+
+def goes_on(start, data, runs: dict, whole: dict) -> None:
+    """Resume what was stopped, {folder: script}, all at once, or if there is no checkpoint yet, be
+    told so and begin anew: the results are those of the uninterrupted runs in the folders `whole`,
+    and nothing else is left."""
+    resumed = {out: small_run(start, data, script, out, "--resume") for out, script in runs.items()}
+    for out, script in runs.items():
+        had_checkpoint = (out / "checkpoint.pt").exists()
+        code, told = ended(resumed[out]), out.with_suffix(".log").read_text().splitlines()
+        if code == 2 and not had_checkpoint:
+            assert len(told) == 1 and f"{out / 'checkpoint.pt'}: no such file" in told[0]
+            code, told = ended(small_run(start, data, script, out)), []
+        assert code == 0, told
+        assert results(out) == results(whole[script])
+        assert {p.name for p in listing(out)} == {p.name for p in listing(whole[script])}
+        shutil.rmtree(out)
+
+
+@pytest.fixture
+def whole(start, data, session_path) -> dict:
+    """Folders of uninterrupted small runs, by script."""
+    folders = {script: session_path / f"whole-{script.__name__}" for script in SMALL}
+    if not all(folder.exists() for folder in folders.values()):
+        jobs = [small_run(start, data, *item) for item in folders.items()]
+        assert [ended(job) for job in jobs] == [0, 0]
+    return folders
+
+
+@forks
+def test_kill_9_at_any_moment_costs_nothing_but_time(data, start, whole, tmp_path):
+    """20 moments in runs of both scripts, 5 of each in fresh and 5 in resumed ones: while reading,
+    training, saving, evaluating."""
+    rng, kills, found = random.Random(0), 0, set()
+    seconds = {s: json.loads((whole[s] / "metrics.json").read_text())["seconds"] for s in whole}
+    for i in range(5):
+        outs = {tmp_path / f"{s.__name__}-{i}": s for s in whole}
+        for part in (i, 4 - i):  # of a run's time, in fifths
+            moments = {out: (part + rng.random()) / 5 * seconds[s] for out, s in outs.items()}
+            jobs = {out: small_run(start, data, s, out,
+                                   *["--resume"] * (out / "checkpoint.pt").exists())
+                    for out, s in outs.items()}
+            began = time.perf_counter()
+            for out in sorted(moments, key=moments.get):
+                time.sleep(max(0, began + moments[out] - time.perf_counter()))
+                jobs[out].kill()
+            for out, job in jobs.items():
+                kills += ended(job) == -signal.SIGKILL  # else it had already ended
+                found.add((out / "checkpoint.pt").exists())
+                if "PHASES" in os.environ:
+                    print(out.name, part, f"{moments[out]:.2f} s of {seconds[outs[out]]}",
+                          job.exitcode, *sorted(p.name for p in listing(out)), file=sys.stderr)
+        goes_on(start, data, outs, whole)
+    assert kills > 12 and found == {False, True}
+
+
+@forks
+def test_control_c_at_any_moment_costs_nothing_but_time(data, start, whole, tmp_path):
+    """Exit code 130 and one line; in the training also a checkpoint, and never half a step."""
+    moments = [  # flags, where it is pressed, at which call; must there be a checkpoint then?
+        (cada, "", "cada load_image", 5, False),
+        (cada, "--workers 1", "cada:Images __getitem__", 3, False),
+        (cada, "", "cada:Teacher forward", 5, False), (cada, "", "cada:RevDist forward", 1, True),
+        (cada, "--workers 1 --cache off", "torch.optim:AdamW step", 1, True),
+        (cada, "", "torch save", 1, True), (cada, "", "cada write_scores", 1, True),
+        (cnc, "", "cnc:CNC forward", 1, True), (cnc, "", "torch.optim:Adam step", 4, True)]
+    outs = {tmp_path / str(i): moment[0] for i, moment in enumerate(moments)}
+    jobs = [small_run(start, data, script, out, *words.split(), interrupt=tuple(where))
+            for out, (script, words, *where, _) in zip(outs, moments)]
+    wrong = {}
+    for job, out, (script, _, *where, checkpoint) in zip(jobs, outs, moments):
+        code, told = ended(job), out.with_suffix(".log").read_text().splitlines()
+        errors = [line for line in told if line.startswith(f"{script.__name__}.py: error: ")]
+        exists = (out / "checkpoint.pt").exists()
+        if (code, errors) != (130, told[-1:]) or "interrupted" not in told[-1] or \
+                exists < checkpoint or any("Traceback" in line for line in told):
+            wrong[tuple(where)] = code, exists, told[-1]
+    assert not wrong
+    goes_on(start, data, {out: s for out, s in outs.items() if (out / "checkpoint.pt").exists()},
+            whole)
+
+
+@forks
+def test_a_folder_takes_one_training_at_a_time(data, start, tmp_path, fails):
+    """And is free again as soon as the other process is gone, however it ended."""
+    out, log = tmp_path / "out", tmp_path / "log"
+    first = start(cada, "--data", data, "--out", out, *FLAGS, "--iters", 99999, "--cache", "off",
+                  "--workers", 1, log=log)
+    while first.is_alive() and "output in" not in (log.read_text() if log.exists() else ""):
+        time.sleep(0.05)
+    for script, words in ((cada, FLAGS), (cnc, CNC_FLAGS), (cada, ["--base", "cnc", *CNC_FLAGS])):
+        fails("--data", data, *words, says=["--out", str(out)], script=script)
+    first.kill()
+    assert ended(first) == -signal.SIGKILL
+    assert run("--data", data, "--out", out, *FLAGS, "--iters", 1) == 0
+
+
+AS_ON_WINDOWS = """
+import multiprocessing, os, runpy, sys
+sys.path.insert(0, os.environ["SCRIPTS"])
+import cada, cnc
+assert not os.listdir()
+multiprocessing.set_start_method("spawn")
+runpy.run_path(cada.__file__, run_name="__main__")
+"""
+
+
+def test_processes_that_read_images_may_be_spawned(data, weights_files, tmp_path, monkeypatch,
+                                                   capsys):
+    """Each imports the script again, as on Windows; and an import prints and writes nothing."""
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("SCRIPTS", str(HERE))
+    words = ["--data", data, *FLAGS, "--weights", weights_files[0], "--iters", 1, "--cache", "ram"]
+    assert run(*words, "--out", tmp_path / "out") == 0
+    expected, told = results(tmp_path / "out"), capsys.readouterr()
+    done = shell("-c", AS_ON_WINDOWS, *words, "--out", tmp_path / "out", "--workers", 2,
+                 cwd=tmp_path / "empty")
+    assert (done.returncode, done.stdout, done.stderr) == (0, told.out, told.err)
+    assert results(tmp_path / "out") == expected and not listing(tmp_path / "empty")
+
+
+# What can be wrong with a file.
+def bomb(side: int = 20_000) -> bytes:
+    """A black PNG of side x side pixels in a few kilobytes."""
+    def chunk(kind, content):
+        crc = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", crc)
+
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    pixels = zlib.compress(bytes((side // 8 + 1) * side), 1)
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels)
+            + chunk(b"IEND", b""))
+
+
+SPOIL = {"truncated": lambda path, old: path.write_bytes(old[:len(old) // 2]),
+         "empty": lambda path, old: path.touch(),
+         "text": lambda path, old: path.write_text("this is no image"),
+         "folder": lambda path, old: path.mkdir(),
+         "dangling link": lambda path, old: path.symlink_to("nowhere.png"),
+         "link to itself": lambda path, old: path.symlink_to(path.name),
+         "unreadable": lambda path, old: path.touch(0),
+         "bomb": lambda path, old: path.write_bytes(bomb())}
+KINDS = {"tree": ["a/train/good/000.png", "a/test/good/000.png", "a/test/hole/000.png",
+                  "a/ground_truth/hole/000_mask.png"],
+         "visa": ["split_csv/1cls.csv", "pcb1/Data/Images/Normal/0000.JPG",
+                  "pcb1/Data/Images/Normal/0004.JPG", "pcb1/Data/Images/Anomaly/000.JPG",
+                  "pcb1/Data/Masks/Anomaly/000.png"]}
+
+
+@pytest.mark.parametrize("layout, how, kind", [
+    pytest.param(layout, how, kind, marks=[pytest.mark.skipif(
+        how == "unreadable" and IS_ROOT, reason="root may read everything")])
+    for layout in KINDS for how in SPOIL for kind in KINDS[layout]
+    if (layout, how) != ("tree", "folder")])
+def test_a_spoilt_file_is_named(layout, how, kind, request, fails):
+    """Every kind of file, spoilt in every way; in a folder to predict, too."""
+    root = request.getfixturevalue(layout)
+    path = root / kind
+    old = path.read_bytes()
+    path.unlink()
+    SPOIL[how](path, old)
+    fails("--data", root, *FLAGS, "--weights", "nowhere",  # noticed later
+          says=[path.name if path.suffix == ".csv" else str(path)])
+    if path.suffix != ".csv" and how != "folder":
+        with pytest.raises(cada.UserError, match=path.name):
+            cada.find_images([str(path.parent)])
+
+
+def test_a_folder_is_no_image(tree):
+    before = cada.read_dataset(tree)
+    for kind in KINDS["tree"]:
+        (tree / kind).with_name("x.png").mkdir()
+    assert cada.read_dataset(tree) == before
+
+
+def test_a_visa_split_file_may_be_cut_anywhere(visa, fails):
+    """What is left may be a whole data set; else the split file or an image is named."""
+    path = visa / "split_csv/1cls.csv"
+    *lines, normal, a, b, c = path.read_text().splitlines()
+    content = "\n".join([*lines, a, b, c, normal])
+    for cut in range(1, len(c) + len(normal)):
+        path.write_text(content[:-cut])
+        fails("--data", visa, *FLAGS, "--weights", "nowhere", says=[])
+
+
+NAMES = ["two words", "it's \"quoted\"", "new\nline", "tab\t", "Stück-日本", "-dash", "comma,semi;",
+         "$x^$", "100%", "{x}", "trailing.", "#", "_"]
+
+
+def test_names_come_through_unchanged(data, trained, tmp_path, monkeypatch, capsys, fails):
+    """Of classes, kinds of defects and images: in scores.csv and in what predict prints."""
+    names = [n for n in NAMES if os.name != "nt" or not set(n) & set('"\n\t') and n[-1] != "."]
+    tree = tmp_path / "tree"
+    for n in names:
+        for old, new in (("train/good/000.png", f"train/good/{n}.png"),
+                         ("test/good/000.png", f"test/good/{n}.png"),
+                         ("test/hole/000.png", f"test/{n}/{n}.png"),
+                         ("ground_truth/hole/000_mask.png", f"ground_truth/{n}/{n}_mask.png")):
+            (tree / n / new).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(data / "a" / old, tree / n / new)
+    images = [p for n in names for p in (tree / n / f"test/good/{n}.png",
+                                         tree / n / f"test/{n}/{n}.png")]
+    words = "--checkpoint", trained.checkpoint, "--out", tmp_path / "out"
+    assert run("eval", "--data", tree, *words) == 0
+    rows = rows_of(tmp_path / "out")
+    assert sorted(row["path"] for row in rows) == sorted(map(str, images))
+    assert {row["class"] for row in rows} == set(names)
+    capsys.readouterr()
+    monkeypatch.chdir(images[0].parent)
+    assert run("predict", *words, "--", *images[1:], images[0].name) == 0
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["path"] for row in told] == [*map(str, images[1:]), images[0].name]
+    assert all(Path(row["overlay"]).is_file() for row in told)
+    assert len({row["overlay"] for row in told}) == len(images)
+    images[-1].write_text("no image")
+    fails("--data", tree, *FLAGS, says=["cannot read image"])  # in one line
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_name_that_is_no_unicode_is_told_at_once(tree, trained, fails):
+    image = tree / "a/test/good" / os.fsdecode(b"caf\xe9.png")
+    (tree / "a/test/good/000.png").rename(image)
+    fails("--data", tree, *FLAGS, "--weights", "nowhere", says=["caf", ".png"])
+    fails("predict", image, "--checkpoint", trained.checkpoint, says=["caf", ".png"])
+
+
+class Payload:
+    """A pickle of it, when loaded, creates a folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def save_tar(content, path: Path) -> None:
+    """PyTorch's oldest format, which weights_only did not guard before 2.6 (CVE-2025-32434)."""
+    with tarfile.open(path, "w") as tar:
+        for name in ("sys_info", "pickle", "storages", "tensors"):
+            part = pickle.dumps(content)
+            member = tarfile.TarInfo(name)
+            member.size = len(part)
+            tar.addfile(member, io.BytesIO(part))
+
+
+MALICIOUS = {
+    "pickle.pt": lambda content, path: path.write_bytes(pickle.dumps(content)),
+    "zip.pt": lambda content, path: torch.save(content, path),
+    "legacy.pt": lambda content, path: torch.save(content, path,
+                                                  _use_new_zipfile_serialization=False),
+    "tar.pt": save_tar,
+    "numpy.npz": lambda content, path: np.savez(path, **content),
+    "numpy.npy": lambda content, path: np.save(path, content)}
+READERS = [(cada, "eval --checkpoint"), (cada, "predict x.png --checkpoint"),
+           (cada, "--resume --checkpoint"), (cada, "--checkpoint"), (cada, "FLAGS --weights"),
+           (cada, "eval --base cnc --checkpoint"), (cada, "--base cnc CNC --weights"),
+           (cnc, "eval --checkpoint"), (cnc, "predict x.png --checkpoint"),
+           (cnc, "--resume --checkpoint"), (cnc, "CNC --weights"),
+           (cnc, "CNC --image-size 224 --teacher ViT-B-32 --weights")]
+
+
+@pytest.mark.parametrize("name", MALICIOUS)
+def test_no_file_runs_code(name, data, tmp_path, on_meta, fails):
+    file, ran = tmp_path / name, tmp_path / "ran"
+    content = {"detector": "revdist", "state_dict": {}, "visual": Payload(ran)}
+    MALICIOUS[name](content, file)
+    with suppress(Exception):
+        found = (np.load(file, allow_pickle=True) if "numpy" in name
+                 else torch.load(file, weights_only=False))
+        found["visual"]
+    ran.rmdir()  # so the payload works
+    flags = {"FLAGS": ["--data", data, *FLAGS], "CNC": ["--data", data, *CNC_FLAGS]}
+    for script, words in READERS:
+        words = sum((flags.get(word, [word]) for word in words.split()), [])
+        fails(*words, file, says=[str(file)], script=script)
+        assert not ran.exists()
+
+
+def make_unwritable(out: Path, how: str) -> Path:
+    if how == "below a file":
+        out.write_text("not a folder")
+        return out / "below"
+    if how == "read-only":
+        out.mkdir(0o555)
+        return out
+    if how == "nobody's":
+        return Path("/proc/self")
+    out.symlink_to("nowhere" if how == "dangling link" else out.name)
+    return out
+
+
+@pytest.mark.parametrize("how, command", [
+    ("below a file", "train"), ("dangling link", "train"), ("dangling link", "eval"),
+    ("dangling link", "predict"), ("link to itself", "train"),
+    pytest.param("read-only", "train", marks=pytest.mark.skipif(IS_ROOT, reason="root may write")),
+    pytest.param("nobody's", "train", marks=pytest.mark.skipif(
+        not Path("/proc/self").exists(), reason="no /proc, where not even root can write"))])
+@pytest.mark.parametrize("script", [cada, cnc], ids=["cada", "cnc"])
+def test_out_cannot_be_written(script, how, command, data, trained, cnc_trained, tmp_path, capsys):
+    out = make_unwritable(tmp_path / "out", how)
+    words = ["--checkpoint", {cada: trained, cnc: cnc_trained}[script].checkpoint]
+    words = ["--data", data, *FLAGS_OF[script]] if command == "train" else [command, *words]
+    words += [data / "a/test/hole/000.png"] if command == "predict" else []
+    assert run(*words, "--out", out, script=script) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert [line for line in told if "error: " in line] == told[-1:] and str(out) in told[-1]
+    assert "Traceback" not in "".join(told)
+
+
 # ---- benchmark: python test_smoke.py bench -------------------------------------------------------
 def in_turn(repeats: int = 5, **work) -> dict[str, float]:
     """Median seconds of each function; they take turns, so that noise of the machine hits all."""
@@ -2270,7 +2649,8 @@ def bench_revdist(folder: Path) -> None:
 
         return work
 
-    work = {"cached": step(lambda: cache.load([0, 1, 2, 3])), "off": step(lambda: teacher(batch)),
+    work = {"cached": step(lambda: cache.load([0, 1, 2, 3], device)),
+            "off": step(lambda: teacher(batch)),
             "public": step(with_gradients, fused=False)}
     macs = {name: gmac(function) for name, function in work.items()}
     t = in_turn(**work)
