@@ -43,8 +43,8 @@ paper                                        here
     torchrun --nproc-per-node=N cada.py ...            the same on N GPUs
 
 Measured on the demo set: random ResNet-18, 2 CPU cores, about 2 minutes a run, seeds 0-2, I-AUROC
-in %: pooled raw 66.6 +- 1.3, CADA 79.9 +- 2.5, label oracle 79.9 +- 2.5; class mean 81.3 +- 2.1 for
-all three; on CNC, pooled raw 88.5 +- 1.9, CADA and oracle 90.0 +- 0.7. MVTec AD, VisA and a GPU:
+in %: pooled raw 66.5 +- 1.3, CADA 80.1 +- 2.5, label oracle 80.1 +- 2.5; class mean 81.3 +- 2.1 for
+all three; on CNC, pooled raw 88.5 +- 1.5, CADA and oracle 89.8 +- 1.6. MVTec AD, VisA and a GPU:
 not run here. ELPV, where it does harm with a random CLIP, and all that was tried: data/RESULTS.md.
 """
 from __future__ import annotations
@@ -1550,8 +1550,8 @@ def train_detector(cfg: Config, detector: nn.Module, source: FeatureCache | Imag
             optimizer.step()
             schedule.step()
             step += 1
-            due = step % save_every == 0 or step == cfg.iters
-            if due or step % 20 == 0:  # seldom: item() makes the host wait for the GPU
+            due = step % save_every == 0 and step < cfg.iters
+            if due or step % 20 == 0 or step == cfg.iters:  # seldom: item() waits for the GPU
                 value = sum_over_processes(loss.detach()).item() / count
                 if not math.isfinite(value):
                     raise UserError(f"the loss is {value} at step {step}; lower --lr {cfg.lr}")
