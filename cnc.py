@@ -161,6 +161,8 @@ def one_line(error: BaseException) -> str:
         return text
     if isinstance(error, KeyboardInterrupt):
         return str(error) or "interrupted; --resume goes on from the last checkpoint, if any"
+    if isinstance(error, PermissionError):
+        return f"no permission for {error.filename}; grant it, or use another file or folder"
     if isinstance(error, MemoryError) or any(k in text.lower() for k in (
             "out of memory", "can't allocate memory", "not enough memory", "alloc_failed",
             "bus error")):
@@ -426,6 +428,8 @@ class Sample:
 def images_in(folder: Path, recursive: bool = False) -> list[Path]:
     """Image files below `folder` in name order, without hidden ones (macOS leaves some); a dangling
     link is one, which load_image() will report."""
+    if folder.is_dir():
+        os.listdir(folder)  # says so if it may not be read; glob() would find nothing there
     found = folder.rglob("*") if recursive else folder.glob("*")
     return sorted(p for p in found if p.suffix.lower() in SUFFIXES and p.name[0] != "."
                   and (p.is_file() or p.is_symlink()))
@@ -483,7 +487,7 @@ def read_visa(root: Path) -> tuple[list[Sample], list[Sample]]:
                 splits.setdefault(row["split"], []).append(sample)
     except KeyError as e:
         raise UserError(f"{path} lacks the column {e}; take the file from VisA's archive")
-    except (OSError, TypeError, ValueError, csv.Error) as e:
+    except (TypeError, ValueError, csv.Error) as e:
         raise UserError(f"cannot read {path}: {e}; take the file from VisA's archive")
     return splits["train"], splits["test"]
 
@@ -1896,4 +1900,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a class name that a Windows console lacks
     sys.exit(main())

@@ -19,6 +19,7 @@ import pickle
 import pkgutil
 import random
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -86,11 +87,19 @@ def save(image: Image.Image, path: Path, **options) -> Path:
     return path
 
 
-def run(*words, script=cada, pictures=False) -> int:
-    """The command line, in this process; to draw the pictures takes longer than all the rest."""
+SAVE = cada.save_checkpoint, cnc.save_checkpoint
+
+
+def run(*words, script=cada, everything=False) -> int:
+    """The command line, in this process; not `everything`: without what takes longer than all the
+    rest, to draw the pictures and to save checkpoints of a quarter gigabyte at every step."""
     with pytest.MonkeyPatch.context() as m:
-        if not pictures:
+        if not everything:
             m.setattr(Figure, "savefig", lambda self, path, **more: path.write_bytes(b"picture"))
+            for module, save in zip((cada, cnc), SAVE):
+                if module.save_checkpoint is save:  # else a test has put in another
+                    m.setattr(module, "save_checkpoint", lambda path, content, save=save:
+                              "threshold" in content and save(path, content))
         return script.main([str(w) for w in words])
 
 
@@ -1794,6 +1803,17 @@ def test_the_readme_is_short_and_links_to_what_is_there():
         assert (HERE / link).is_file(), link
 
 
+def test_the_cache_of_a_real_set_is_as_large_as_stated(on_meta):
+    """By the shapes and the type of what the teachers give: MVTec AD / VisA, training images."""
+    with torch.device("meta"):
+        clip = cnc.Teacher(cnc.Config(weights="none"))
+        found = (cada.Teacher("wide_resnet50_2", "none", 0)(torch.empty(1, 3, 256, 256)),
+                 clip(torch.empty(1, 3, clip.preprocess.size, clip.preprocess.size)))
+    sizes = [sum(f.numel() * f.itemsize for f in features) for features in found]
+    cells = [f"{3629 * size / 2**30:.1f} / {8659 * size / 2**30:.1f} GiB" for size in sizes]
+    assert f"| cached features | {' | '.join(cells)} |" in README
+
+
 def test_every_command_of_the_readme_runs(tree, tmp_path, monkeypatch, capsys):
     """Word for word and in their order, on a tiny data set with tiny defaults; but those that CI
     runs as they are."""
@@ -2202,15 +2222,17 @@ IS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0  # whom no permission sto
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes and sends them signals")
 
 
-def child(name: str, words: list[str], log: str, interrupt: tuple[str, int] | None) -> None:
+def child(name: str, words: list[str], log: str, interrupt: tuple[str, int] | None,
+          spawn: bool) -> None:
     """The command line in a process of its own; `interrupt`, such as ("torch.optim:Adam step", 3),
-    presses Ctrl-C at the end of the third call of that function."""
+    presses Ctrl-C at the end of the third call of that function; `spawn`: as on Windows."""
     with open(log, "w") as file:
         os.dup2(file.fileno(), 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.setpgrp()  # Ctrl-C reaches the processes that read images, too, and not this test
     signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs may lack it
-    multiprocessing.set_start_method("fork", force=True)  # again; in a child it is the server's
+    multiprocessing.set_start_method("spawn" if spawn else "fork", force=True)
+    Figure.savefig = lambda self, path, **more: Path(path).write_bytes(b"half of a run's time")
     if interrupt:
         owner, attribute = interrupt[0].split()
         owner, calls = pkgutil.resolve_name(owner), itertools.count(1)
@@ -2223,7 +2245,10 @@ def child(name: str, words: list[str], log: str, interrupt: tuple[str, int] | No
             return result
 
         setattr(owner, attribute, wrapped)
-    sys.exit(run(*words, script=sys.modules[name]))
+    if spawn:  # as a script, which the processes that it spawns import again
+        sys.argv[1:] = words
+        runpy.run_path(sys.modules[name].__file__, run_name="__main__")
+    sys.exit(run(*words, script=sys.modules[name], everything=True))
 
 
 @pytest.fixture
@@ -2233,10 +2258,10 @@ def start(monkeypatch):
     context, children = multiprocessing.get_context("forkserver"), []
     context.set_forkserver_preload([__name__])
 
-    def start(script, *words, log: Path, interrupt=None):
+    def start(script, *words, log: Path, interrupt=None, spawn=False):
         words = [str(w) for w in words]
         children.append(context.Process(target=child, args=(script.__name__, words, str(log),
-                                                            interrupt)))
+                                                            interrupt, spawn)))
         children[-1].start()
         return children[-1]
 
@@ -2302,11 +2327,8 @@ def test_kill_9_at_any_moment_costs_nothing_but_time(data, start, whole, tmp_pat
             for out, job in jobs.items():
                 kills += ended(job) == -signal.SIGKILL  # else it had already ended
                 found.add((out / "checkpoint.pt").exists())
-                if "PHASES" in os.environ:
-                    print(out.name, part, f"{moments[out]:.2f} s of {seconds[outs[out]]}",
-                          job.exitcode, *sorted(p.name for p in listing(out)), file=sys.stderr)
         goes_on(start, data, outs, whole)
-    assert kills > 12 and found == {False, True}
+    assert kills > 5 and found == {False, True}  # 18, unless the machine has changed its pace
 
 
 @forks
@@ -2315,7 +2337,7 @@ def test_control_c_at_any_moment_costs_nothing_but_time(data, start, whole, tmp_
     moments = [  # flags, where it is pressed, at which call; must there be a checkpoint then?
         (cada, "", "cada load_image", 5, False),
         (cada, "--workers 1", "cada:Images __getitem__", 3, False),
-        (cada, "", "cada:Teacher forward", 5, False), (cada, "", "cada:RevDist forward", 1, True),
+        (cada, "", "cada:RevDist forward", 1, True),
         (cada, "--workers 1 --cache off", "torch.optim:AdamW step", 1, True),
         (cada, "", "torch save", 1, True), (cada, "", "cada write_scores", 1, True),
         (cnc, "", "cnc:CNC forward", 1, True), (cnc, "", "torch.optim:Adam step", 4, True)]
@@ -2350,28 +2372,29 @@ def test_a_folder_takes_one_training_at_a_time(data, start, tmp_path, fails):
     assert run("--data", data, "--out", out, *FLAGS, "--iters", 1) == 0
 
 
-AS_ON_WINDOWS = """
-import multiprocessing, os, runpy, sys
-sys.path.insert(0, os.environ["SCRIPTS"])
-import cada, cnc
-assert not os.listdir()
-multiprocessing.set_start_method("spawn")
-runpy.run_path(cada.__file__, run_name="__main__")
-"""
-
-
-def test_processes_that_read_images_may_be_spawned(data, weights_files, tmp_path, monkeypatch,
-                                                   capsys):
+@forks
+def test_processes_that_read_images_may_be_spawned(data, start, weights_files, tmp_path,
+                                                   monkeypatch):
     """Each imports the script again, as on Windows; and an import prints and writes nothing."""
-    (tmp_path / "empty").mkdir()
-    monkeypatch.setenv("SCRIPTS", str(HERE))
-    words = ["--data", data, *FLAGS, "--weights", weights_files[0], "--iters", 1, "--cache", "ram"]
-    assert run(*words, "--out", tmp_path / "out") == 0
-    expected, told = results(tmp_path / "out"), capsys.readouterr()
-    done = shell("-c", AS_ON_WINDOWS, *words, "--out", tmp_path / "out", "--workers", 1,
-                 cwd=tmp_path / "empty")
-    assert (done.returncode, done.stdout, done.stderr) == (0, told.out, told.err)
-    assert results(tmp_path / "out") == expected and not listing(tmp_path / "empty")
+    for folder in ("fork", "spawn"):
+        (tmp_path / folder / "empty").mkdir(parents=True)
+    jobs = []
+    for folder, workers in (("fork", 0), ("spawn", 1)):
+        monkeypatch.chdir(tmp_path / folder / "empty")
+        jobs.append(start(cada, "--data", data, "--out", "../out", *FLAGS, "--iters", 1,
+                          "--weights", weights_files[0], "--workers", workers,
+                          log=tmp_path / folder / "log", spawn=folder == "spawn"))
+    assert [ended(job) for job in jobs] == [0, 0]
+    one, other = tmp_path / "fork", tmp_path / "spawn"
+    assert results(one / "out") == results(other / "out")
+    assert (one / "log").read_text() == (other / "log").read_text()
+    assert not listing(other / "empty")
+
+
+@pytest.mark.parametrize("script", [cada, cnc], ids=["cada", "cnc"])
+def test_an_import_defines_and_does_nothing_else(script):
+    kinds = {type(n).__name__ for n in ast.parse(Path(script.__file__).read_text("utf-8")).body[1:]}
+    assert kinds <= {"Import", "ImportFrom", "Assign", "FunctionDef", "ClassDef", "If"}
 
 
 # What can be wrong with a file.
@@ -2421,6 +2444,20 @@ def test_a_spoilt_file_is_named(layout, how, kind, request, fails):
             cada.find_images([str(path.parent)])
 
 
+@pytest.mark.parametrize("folder", ["a", "a/test/good", "a/ground_truth/hole"])
+def test_a_folder_that_may_not_be_read_is_named(folder, tree, monkeypatch, fails):
+    """As it is told to one who is not root, who may read everything."""
+    listdir = os.listdir
+
+    def forbidden(path):
+        if Path(path) == tree / folder or folder == "a":
+            raise PermissionError(13, "Permission denied", str(tree / folder))
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", forbidden)
+    fails("--data", tree, *FLAGS, says=[f"no permission for {tree / folder}"])
+
+
 def test_a_folder_is_no_image(tree):
     before = cada.read_dataset(tree)
     for kind in KINDS["tree"]:
@@ -2433,13 +2470,13 @@ def test_a_visa_split_file_may_be_cut_anywhere(visa, fails):
     path = visa / "split_csv/1cls.csv"
     *lines, normal, a, b, c = path.read_text().splitlines()
     content = "\n".join([*lines, a, b, c, normal])
-    for cut in range(1, len(c) + len(normal)):
+    for cut in range(2, len(c) + len(normal), 2):
         path.write_text(content[:-cut])
         fails("--data", visa, *FLAGS, "--weights", "nowhere", says=[])
 
 
-NAMES = ["two words", "it's \"quoted\"", "new\nline", "tab\t", "Stück-日本", "-dash", "comma,semi;",
-         "$x^$", "100%", "{x}", "trailing.", "#", "_"]
+NAMES = ["two words, it's \"quoted\"", "new\nline\t", "Stück-日本", "-dash;", "$x^$ 100% {x}",
+         "trailing.", "_"]
 
 
 def test_names_come_through_unchanged(data, trained, tmp_path, monkeypatch, capsys, fails):
@@ -2456,7 +2493,7 @@ def test_names_come_through_unchanged(data, trained, tmp_path, monkeypatch, caps
     images = [p for n in names for p in (tree / n / f"test/good/{n}.png",
                                          tree / n / f"test/{n}/{n}.png")]
     words = "--checkpoint", trained.checkpoint, "--out", tmp_path / "out"
-    assert run("eval", "--data", tree, *words, pictures=True) == 0
+    assert run("eval", "--data", tree, *words, everything=True) == 0
     rows = rows_of(tmp_path / "out")
     assert sorted(row["path"] for row in rows) == sorted(map(str, images))
     assert {row["class"] for row in rows} == set(names)
@@ -2545,13 +2582,14 @@ def make_unwritable(out: Path, how: str) -> Path:
     return out
 
 
-@pytest.mark.parametrize("how, command", [
-    ("below a file", "train"), ("dangling link", "train"), ("dangling link", "eval"),
-    ("dangling link", "predict"), ("link to itself", "train"),
-    pytest.param("read-only", "train", marks=pytest.mark.skipif(IS_ROOT, reason="root may write")),
-    pytest.param("nobody's", "train", marks=pytest.mark.skipif(
+@pytest.mark.parametrize("script, how, command", [
+    *((script, "dangling link", command) for script in (cada, cnc)
+      for command in ("train", "eval", "predict")),
+    (cada, "below a file", "train"), (cada, "link to itself", "train"),
+    pytest.param(cada, "read-only", "train", marks=pytest.mark.skipif(
+        IS_ROOT, reason="root may write")),
+    pytest.param(cada, "nobody's", "train", marks=pytest.mark.skipif(
         not Path("/proc/self").exists(), reason="no /proc, where not even root can write"))])
-@pytest.mark.parametrize("script", [cada, cnc], ids=["cada", "cnc"])
 def test_out_cannot_be_written(script, how, command, data, trained, cnc_trained, tmp_path, capsys):
     out = make_unwritable(tmp_path / "out", how)
     words = ["--checkpoint", {cada: trained, cnc: cnc_trained}[script].checkpoint]
