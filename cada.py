@@ -24,6 +24,9 @@ is used in training or at test. The detector is not changed, so nearly any will 
                                                                         |
                                     Gaussian blur, mean of the highest 1 % ---> image score (B,)
 
+Sections between `shared` banners stand in both scripts letter for letter; data, map and metrics
+apart, they are plumbing that a first reading can skip.
+
 paper                                        here
   RevDist, the base detector [paper]           Teacher, Student, RevDist
   cosine loss per flattened layer [author]     RevDist.forward
@@ -96,238 +99,10 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 
 
-# ==== shared: errors and files
-class UserError(Exception):
-    """A mistake the user can mend. main() prints its one line and exits with code 2."""
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it takes the name `path` only if the block succeeds.
-
-    Raises UserError when the file cannot be written (no permission, full disk).
-    """
-    partial = path.with_name("partial-" + path.name)  # keeps the suffix: savers read it
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as e:  # torch.save reports a full disk as a RuntimeError
-        reason = "the disk is full or not writable" if isinstance(e, RuntimeError) else e.strerror
-        raise UserError(f"cannot write {path}: {reason}; free the space or choose another --out")
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-
-
-@contextmanager
-def output_folder(path: Path) -> Iterator[Path]:
-    """Create the output folder before hours of work, not after, and keep other runs out of it: the
-    files of two would mix. The lock goes with the process, even a killed one.
-
-    Raises UserError if it cannot be written to, or if another run has it.
-    """
-    lock = FileLock(path / ".lock")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            if process()[0] == 0:  # under torchrun only rank 0 writes
-                lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"--out {path}: another run is writing there; choose another")
-    except (OSError, NotImplementedError) as e:  # the latter: a file system without locks
-        reason = getattr(e, "strerror", None) or e
-        raise UserError(f"--out {path}: cannot write there ({reason}); choose another")
-    try:
-        yield path
-    finally:
-        lock.release()
-
-
-def one_line(error: BaseException) -> str:
-    """What to tell the user about an error, in one line; a bug of ours is raised again, unchanged.
-
-    Out of memory has many faces: CUDA, cuBLAS, MPS and CPU tensors have each their own message, and
-    processes that read images run out of shared memory (in Docker) with a bus error.
-    """
-    text = " ".join(str(error).split()).encode(errors="backslashreplace").decode()
-    if isinstance(error, UserError):
-        return text
-    if isinstance(error, KeyboardInterrupt):
-        return str(error) or "interrupted; --resume goes on from the last checkpoint, if any"
-    if isinstance(error, PermissionError):
-        return f"no permission for {error.filename}; grant it, or use another file or folder"
-    if isinstance(error, MemoryError) or any(k in text.lower() for k in (
-            "out of memory", "can't allocate memory", "not enough memory", "alloc_failed",
-            "bus error")):
-        return ("out of memory; lower --batch-size or --image-size, use --cache disk, or "
-                "--workers 0 if it is the shared memory of a container")
-    if isinstance(error, dist.DistError) or "/gloo/" in text:
-        return "lost the connection to another process; torchrun tells below which one ended"
-    raise error
-# ==== end shared
-
-
-# ==== shared: processes
-def process() -> tuple[int, int]:
-    """(rank, count): which of how many processes this is under torchrun; else (0, 1)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-@contextmanager
-def joined_processes() -> Iterator[None]:
-    """Under torchrun, join the other processes; elsewhere do nothing.
-
-    Only rank 0 speaks, but whichever fails first says why, and the others end in silence. Tensors
-    on a CPU travel by gloo, those on a GPU by NCCL.
-    """
-    if not dist.is_torchelastic_launched():
-        yield
-        return
-    store, rank, count = next(dist.rendezvous("env://"))
-    nccl = torch.cuda.is_available() and dist.is_nccl_available()
-    dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", store=store, rank=rank,
-                            world_size=count, timeout=timedelta(hours=6))
-    try:
-        with (open(os.devnull, "w") as silence, redirect_stdout(silence if rank else sys.stdout),
-              redirect_stderr(silence if rank else sys.stderr)):
-            yield
-            dist.all_reduce(torch.zeros(1))  # nobody leaves before rank 0 has got all and is done
-    except (Exception, KeyboardInterrupt):
-        if store.add("failed", 1) > 1:
-            raise SystemExit(2)
-        raise
-    dist.destroy_process_group()
-
-
-def share(samples: list) -> list:
-    """Every count-th of the samples: those of this process."""
-    rank, count = process()
-    return samples[rank::count]
-
-
-def gather(part: Tensor) -> Tensor | None:
-    """Put the rows of all shares, on the CPU, into their old order on rank 0; None elsewhere."""
-    rank, count = process()
-    if count == 1:
-        return part
-    n = torch.tensor(len(part))
-    dist.all_reduce(n)
-    padded = part.new_zeros(-(-n.item() // count), *part.shape[1:])  # shares differ by one at most
-    padded[:len(part)] = part
-    parts = None if rank else [torch.empty_like(padded) for _ in range(count)]
-    dist.gather(padded, parts)
-    return None if rank else torch.stack(parts, dim=1).flatten(0, 1)[:n]
-
-
-def sum_over_processes(x: Tensor) -> Tensor:
-    """The same sum in every process, with gradient."""
-    return all_reduce(x) if dist.is_initialized() else x
-
-
-def data_parallel(detector: nn.Module) -> nn.Module:
-    """The detector, as a function that gives the loss. Under torchrun DistributedDataParallel
-    averages the gradients over the processes, whose batches are equally large."""
-    if not dist.is_initialized():
-        return detector
-    return nn.parallel.DistributedDataParallel(detector)
-# ==== end shared
-
-
 # ==== shared: options
 def option(default: object, help: str, choices: tuple | None = None) -> object:
     """A field of Config that is also a command-line flag; its help text is its documentation."""
     return field(default=default, metadata={"help": help, "choices": choices})
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse that reports a wrong flag in one line, like every other mistake."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
-
-
-def parse_args(argv: list[str] | None, config: type, description: str,
-               *parents: argparse.ArgumentParser) -> tuple[str, list[str], dict]:
-    """Read `[train|eval|predict] [PATH ...] [--flag value ...]`: the fields of `config`, and what
-    parsers in `parents` know.
-
-    Returns (command, paths, given): `given` holds only the flags that stand on the command line,
-    so that a default can depend on the data set, and a checkpoint can say what must not change.
-    """
-    parser = Parser(description=description, parents=parents, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("words", nargs="*", metavar="train|eval|predict [PATH ...]",
-                        help="what to do (default: train); predict takes images or folders")
-    for f in fields(config):
-        kind = {"int": int, "float": float}.get(f.type, str)
-        how = {"action": "store_true"} if f.type == "bool" else {
-            "type": kind, "choices": f.metadata["choices"],
-            "metavar": None if f.metadata["choices"] else kind.__name__.upper()}
-        default = "" if f.default is None or f.default is False else f" (default: {f.default})"
-        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
-                            help=f.metadata["help"] + default, **how)
-    given = vars(parser.parse_intermixed_args(argv))
-    if "data" in given:  # absolute: eval and --resume compare it, and may run in another folder
-        given["data"] = str(Path(given["data"]).resolve())
-    words = given.pop("words")
-    command = words.pop(0) if words else "train"
-    if command not in ("train", "eval", "predict"):
-        raise UserError(f"unknown command {command!r}; use train, eval or predict")
-    if words and command != "predict":
-        raise UserError(f"{command} takes no PATH ({words[0]!r}); name the data set with --data")
-    if command == "predict" and not words:
-        raise UserError("predict needs at least one image or folder")
-    if command == "predict" and process()[1] > 1:
-        raise UserError("predict runs in one process: start it without torchrun")
-    return command, words, given
-
-
-def choose_data(given: str | None) -> tuple[Path, str]:
-    """The data set's folder and why: --data, else data/mvtec, else data/visa, else data/demo."""
-    if given is not None:
-        return Path(given), "given by --data"
-    for name in ("mvtec", "visa"):
-        if (HERE / "data" / name).is_dir():
-            return HERE / "data" / name, f"found data/{name}"
-    return HERE / "data/demo", ("no data/mvtec and no data/visa here, so the small procedural "
-                                "demo set; data/README.md tells where to get the real ones")
-
-
-def choose_device(name: str) -> torch.device:
-    """Turn --device into a torch device, under torchrun each process into its own.
-
-    Raises UserError if this machine does not have it.
-    """
-    count, local = process()[1], int(os.environ.get("LOCAL_RANK", 0))
-    have = {"cuda": torch.cuda.is_available(),
-            "mps": torch.backends.mps.is_available() and count == 1, "cpu": True}
-    if name == "auto":
-        name = next(d for d in have if have[d])
-    if not have[name]:
-        raise UserError(f"--device {name}: this machine has none that PyTorch can use; "
-                        "use --device auto or --device cpu")
-    if name == "cuda":
-        if local >= torch.cuda.device_count():
-            raise UserError(f"--nproc-per-node: process {local + 1} finds only "
-                            f"{torch.cuda.device_count()} GPUs; start one process a GPU")
-        torch.cuda.set_device(local)
-        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
-        torch.backends.cudnn.deterministic = True  # convolutions repeat; attention need not
-    return torch.device(name, local) if name == "cuda" else torch.device(name)
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
-    """Half precision on GPUs that have it, float32 elsewhere: not every CPU does. [ours] D19"""
-    if device.type != "cuda" or (dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(
-            including_emulation=False)):
-        return nullcontext()
-    return torch.autocast("cuda", dtype)
-
-
-def progress(items: Iterable, what: str, **more: object) -> tqdm:
-    """A progress bar with ETA on a terminal, silence elsewhere (a log file, a pipe, a test)."""
-    return tqdm(items, desc=what, disable=None, leave=False, dynamic_ncols=True, **more)
 # ==== end shared
 
 
@@ -1145,6 +920,78 @@ def shuffled(n: int, batch_size: int, steps: int, seed: int, rank: int = 0) -> l
 # ==== end shared
 
 
+# ==== shared: errors and files
+class UserError(Exception):
+    """A mistake the user can mend. main() prints its one line and exits with code 2."""
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; it takes the name `path` only if the block succeeds.
+
+    Raises UserError when the file cannot be written (no permission, full disk).
+    """
+    partial = path.with_name("partial-" + path.name)  # keeps the suffix: savers read it
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as e:  # torch.save reports a full disk as a RuntimeError
+        reason = "the disk is full or not writable" if isinstance(e, RuntimeError) else e.strerror
+        raise UserError(f"cannot write {path}: {reason}; free the space or choose another --out")
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def output_folder(path: Path) -> Iterator[Path]:
+    """Create the output folder before hours of work, not after, and keep other runs out of it: the
+    files of two would mix. The lock goes with the process, even a killed one.
+
+    Raises UserError if it cannot be written to, or if another run has it.
+    """
+    lock = FileLock(path / ".lock")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            if process()[0] == 0:  # under torchrun only rank 0 writes
+                lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"--out {path}: another run is writing there; choose another")
+    except (OSError, NotImplementedError) as e:  # the latter: a file system without locks
+        reason = getattr(e, "strerror", None) or e
+        raise UserError(f"--out {path}: cannot write there ({reason}); choose another")
+    try:
+        yield path
+    finally:
+        lock.release()
+
+
+def one_line(error: BaseException) -> str:
+    """What to tell the user about an error, in one line; a bug of ours is raised again, unchanged.
+
+    Out of memory has many faces: CUDA, cuBLAS, MPS and CPU tensors have each their own message, and
+    processes that read images run out of shared memory (in Docker) with a bus error.
+    """
+    text = " ".join(str(error).split()).encode(errors="backslashreplace").decode()
+    if isinstance(error, UserError):
+        return text
+    if isinstance(error, KeyboardInterrupt):
+        return str(error) or "interrupted; --resume goes on from the last checkpoint, if any"
+    if isinstance(error, PermissionError):
+        return f"no permission for {error.filename}; grant it, or use another file or folder"
+    if isinstance(error, MemoryError) or any(k in text.lower() for k in (
+            "out of memory", "can't allocate memory", "not enough memory", "alloc_failed",
+            "bus error")):
+        return ("out of memory; lower --batch-size or --image-size, use --cache disk, or "
+                "--workers 0 if it is the shared memory of a container")
+    if isinstance(error, dist.DistError) or "/gloo/" in text:
+        return "lost the connection to another process; torchrun tells below which one ended"
+    raise error
+# ==== end shared
+
+
 # ==== shared: checkpoint
 def checkpoint_path(given: dict) -> Path:
     """--checkpoint, else checkpoint.pt in --out."""
@@ -1403,6 +1250,164 @@ def plot_distributions(path: Path, title: str, panels: dict[str, tuple], labels:
                   fontsize=11, frameon=False)
     figure.suptitle(title, fontsize=14)
     save_figure(path, figure)
+# ==== end shared
+
+
+# ==== shared: command line and device
+class Parser(argparse.ArgumentParser):
+    """argparse that reports a wrong flag in one line, like every other mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def parse_args(argv: list[str] | None, config: type, description: str,
+               *parents: argparse.ArgumentParser) -> tuple[str, list[str], dict]:
+    """Read `[train|eval|predict] [PATH ...] [--flag value ...]`: the fields of `config`, and what
+    parsers in `parents` know.
+
+    Returns (command, paths, given): `given` holds only the flags that stand on the command line,
+    so that a default can depend on the data set, and a checkpoint can say what must not change.
+    """
+    parser = Parser(description=description, parents=parents, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", metavar="train|eval|predict [PATH ...]",
+                        help="what to do (default: train); predict takes images or folders")
+    for f in fields(config):
+        kind = {"int": int, "float": float}.get(f.type, str)
+        how = {"action": "store_true"} if f.type == "bool" else {
+            "type": kind, "choices": f.metadata["choices"],
+            "metavar": None if f.metadata["choices"] else kind.__name__.upper()}
+        default = "" if f.default is None or f.default is False else f" (default: {f.default})"
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
+                            help=f.metadata["help"] + default, **how)
+    given = vars(parser.parse_intermixed_args(argv))
+    if "data" in given:  # absolute: eval and --resume compare it, and may run in another folder
+        given["data"] = str(Path(given["data"]).resolve())
+    words = given.pop("words")
+    command = words.pop(0) if words else "train"
+    if command not in ("train", "eval", "predict"):
+        raise UserError(f"unknown command {command!r}; use train, eval or predict")
+    if words and command != "predict":
+        raise UserError(f"{command} takes no PATH ({words[0]!r}); name the data set with --data")
+    if command == "predict" and not words:
+        raise UserError("predict needs at least one image or folder")
+    if command == "predict" and process()[1] > 1:
+        raise UserError("predict runs in one process: start it without torchrun")
+    return command, words, given
+
+
+def choose_data(given: str | None) -> tuple[Path, str]:
+    """The data set's folder and why: --data, else data/mvtec, else data/visa, else data/demo."""
+    if given is not None:
+        return Path(given), "given by --data"
+    for name in ("mvtec", "visa"):
+        if (HERE / "data" / name).is_dir():
+            return HERE / "data" / name, f"found data/{name}"
+    return HERE / "data/demo", ("no data/mvtec and no data/visa here, so the small procedural "
+                                "demo set; data/README.md tells where to get the real ones")
+
+
+def choose_device(name: str) -> torch.device:
+    """Turn --device into a torch device, under torchrun each process into its own.
+
+    Raises UserError if this machine does not have it.
+    """
+    count, local = process()[1], int(os.environ.get("LOCAL_RANK", 0))
+    have = {"cuda": torch.cuda.is_available(),
+            "mps": torch.backends.mps.is_available() and count == 1, "cpu": True}
+    if name == "auto":
+        name = next(d for d in have if have[d])
+    if not have[name]:
+        raise UserError(f"--device {name}: this machine has none that PyTorch can use; "
+                        "use --device auto or --device cpu")
+    if name == "cuda":
+        if local >= torch.cuda.device_count():
+            raise UserError(f"--nproc-per-node: process {local + 1} finds only "
+                            f"{torch.cuda.device_count()} GPUs; start one process a GPU")
+        torch.cuda.set_device(local)
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
+        torch.backends.cudnn.deterministic = True  # convolutions repeat; attention need not
+    return torch.device(name, local) if name == "cuda" else torch.device(name)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    """Half precision on GPUs that have it, float32 elsewhere: not every CPU does. [ours] D19"""
+    if device.type != "cuda" or (dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(
+            including_emulation=False)):
+        return nullcontext()
+    return torch.autocast("cuda", dtype)
+
+
+def progress(items: Iterable, what: str, **more: object) -> tqdm:
+    """A progress bar with ETA on a terminal, silence elsewhere (a log file, a pipe, a test)."""
+    return tqdm(items, desc=what, disable=None, leave=False, dynamic_ncols=True, **more)
+# ==== end shared
+
+
+# ==== shared: processes
+def process() -> tuple[int, int]:
+    """(rank, count): which of how many processes this is under torchrun; else (0, 1)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+@contextmanager
+def joined_processes() -> Iterator[None]:
+    """Under torchrun, join the other processes; elsewhere do nothing.
+
+    Only rank 0 speaks, but whichever fails first says why, and the others end in silence. Tensors
+    on a CPU travel by gloo, those on a GPU by NCCL.
+    """
+    if not dist.is_torchelastic_launched():
+        yield
+        return
+    store, rank, count = next(dist.rendezvous("env://"))
+    nccl = torch.cuda.is_available() and dist.is_nccl_available()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", store=store, rank=rank,
+                            world_size=count, timeout=timedelta(hours=6))
+    try:
+        with (open(os.devnull, "w") as silence, redirect_stdout(silence if rank else sys.stdout),
+              redirect_stderr(silence if rank else sys.stderr)):
+            yield
+            dist.all_reduce(torch.zeros(1))  # nobody leaves before rank 0 has got all and is done
+    except (Exception, KeyboardInterrupt):
+        if store.add("failed", 1) > 1:
+            raise SystemExit(2)
+        raise
+    dist.destroy_process_group()
+
+
+def share(samples: list) -> list:
+    """Every count-th of the samples: those of this process."""
+    rank, count = process()
+    return samples[rank::count]
+
+
+def gather(part: Tensor) -> Tensor | None:
+    """Put the rows of all shares, on the CPU, into their old order on rank 0; None elsewhere."""
+    rank, count = process()
+    if count == 1:
+        return part
+    n = torch.tensor(len(part))
+    dist.all_reduce(n)
+    padded = part.new_zeros(-(-n.item() // count), *part.shape[1:])  # shares differ by one at most
+    padded[:len(part)] = part
+    parts = None if rank else [torch.empty_like(padded) for _ in range(count)]
+    dist.gather(padded, parts)
+    return None if rank else torch.stack(parts, dim=1).flatten(0, 1)[:n]
+
+
+def sum_over_processes(x: Tensor) -> Tensor:
+    """The same sum in every process, with gradient."""
+    return all_reduce(x) if dist.is_initialized() else x
+
+
+def data_parallel(detector: nn.Module) -> nn.Module:
+    """The detector, as a function that gives the loss. Under torchrun DistributedDataParallel
+    averages the gradients over the processes, whose batches are equally large."""
+    if not dist.is_initialized():
+        return detector
+    return nn.parallel.DistributedDataParallel(detector)
 # ==== end shared
 
 
