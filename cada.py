@@ -3,7 +3,7 @@ r"""CADA: one detector, one threshold, no class labels (arXiv:2404.00724), on Re
 Guo, Han, Lu, Zhang, Li. Absolute-Unified Multi-Class Anomaly Detection via Class-Agnostic
 Distribution Alignment, 2024. A reconstruction from public facts; every choice says where it comes
 from: [paper] stated there, [author] in public code of its first author, [ours] Dn a reading of
-ours, the n-th departure in the README's ledger.
+ours, the n-th in the README's list of departures.
 
 The idea. A detector trained on many classes scores each class on a level of its own: a normal
 granite slab scores higher than a torn wire grid. So no single threshold can serve, and to rank all
@@ -1568,7 +1568,8 @@ def train_detector(cfg: Config, detector: nn.Module, source: FeatureCache | Imag
             if (due or interrupted) and rank == 0:
                 save_checkpoint(Path(cfg.out) / "checkpoint.pt", state())
             if interrupted and rank == 0:  # whom all others will miss in the next step
-                raise KeyboardInterrupt(f"interrupted at step {step}; go on with --resume")
+                raise KeyboardInterrupt(f"interrupted at step {step}; go on with --resume "
+                                        f"--out {cfg.out}")
     return state()
 
 

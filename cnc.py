@@ -3,7 +3,7 @@ r"""CNC: language keeps the decoder from reproducing defects (AAAI 2025, arXiv:2
 Wang, Wang, Bai, Lim, Xiao. CNC: Cross-modal Normality Constraint for Unsupervised Multi-class
 Anomaly Detection, 2025. A reconstruction from public facts; every choice says where it comes from:
 [paper] stated there, [port] seen only in a third-party port, [ours] Dn a reading of ours, the n-th
-departure in the README's ledger.
+in the README's list of departures.
 
 The idea. A frozen CLIP describes the image, and a decoder that has seen normal images only must
 reproduce the description; where it fails, the image is anomalous. But many classes teach the
@@ -1821,7 +1821,8 @@ def train_detector(cfg: Config, detector: nn.Module, source: FeatureCache | Imag
             if (due or interrupted) and rank == 0:
                 save_checkpoint(Path(cfg.out) / "checkpoint.pt", state())
             if interrupted and rank == 0:  # whom all others will miss in the next step
-                raise KeyboardInterrupt(f"interrupted at step {step}; go on with --resume")
+                raise KeyboardInterrupt(f"interrupted at step {step}; go on with --resume "
+                                        f"--out {cfg.out}")
     return state()
 
 
