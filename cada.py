@@ -116,12 +116,11 @@ class Config:
     out: str = option("runs/cada", "folder for everything that is written")
     seed: int = option(0, "seed of weights, batches and CADA's training")
     device: str = option("auto", "where to run", ("auto", "cpu", "cuda", "mps"))
-    teacher: str = option("wide_resnet50_2", "frozen torchvision ResNet; the default is RD's "
-                         "[author]")
+    teacher: str = option("wide_resnet50_2", "frozen torchvision ResNet; the default is RD's")
     weights: str = option("IMAGENET1K_V1", "its weights: torchvision tag, local file, or none "
-                          "(random) [author]")
-    image_size: int = option(256, "sides of the square that images are squashed to, in pixels "
-                             "[author]")
+                          "(random)")
+    image_size: int = option(256, "sides of the square that images are squashed to, in pixels; "
+                             "256 is RD's")
     batch_size: int = option(16, "images a training step [author]")
     iters: int = option(5000, "training steps of the detector [author]")
     lr: float = option(2e-3, "AdamW learning rate, x 0.2 at 80 %% of iters [author]")
@@ -1207,7 +1206,7 @@ def write_overlay(path: Path, image: Image.Image, anomaly_map: Tensor, full: flo
     """The image with its heat map on it, at the image's own size.
 
     One fixed scale: 0 is clear, `full` (twice the threshold) the hottest. Heat covers in proportion
-    to its value, so a good image looks like itself.
+    to its value: the farther below the threshold, the more an image looks like itself.
     """
     heat = (anomaly_map / full).clamp(0, 1).mul(255).byte().numpy()
     colour = Image.fromarray(colormaps["inferno"](heat, bytes=True)[..., :3])
@@ -1219,7 +1218,8 @@ def write_overlay(path: Path, image: Image.Image, anomaly_map: Tensor, full: flo
 
 def plot_distributions(path: Path, title: str, panels: dict[str, tuple], labels: np.ndarray,
                        classes: np.ndarray) -> None:
-    """Score histograms by class, normal above the line and anomalous below it, a panel a column.
+    """Score histograms by class, normal above the line and anomalous below it, each drawn to the
+    same height, a panel a column.
 
     panels: {title: (scores (N,), threshold)}. Where the normal scores of all classes end at the
     same place, one threshold serves them all.

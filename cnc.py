@@ -1376,7 +1376,7 @@ def write_overlay(path: Path, image: Image.Image, anomaly_map: Tensor, full: flo
     """The image with its heat map on it, at the image's own size.
 
     One fixed scale: 0 is clear, `full` (twice the threshold) the hottest. Heat covers in proportion
-    to its value, so a good image looks like itself.
+    to its value: the farther below the threshold, the more an image looks like itself.
     """
     heat = (anomaly_map / full).clamp(0, 1).mul(255).byte().numpy()
     colour = Image.fromarray(colormaps["inferno"](heat, bytes=True)[..., :3])
@@ -1388,7 +1388,8 @@ def write_overlay(path: Path, image: Image.Image, anomaly_map: Tensor, full: flo
 
 def plot_distributions(path: Path, title: str, panels: dict[str, tuple], labels: np.ndarray,
                        classes: np.ndarray) -> None:
-    """Score histograms by class, normal above the line and anomalous below it, a panel a column.
+    """Score histograms by class, normal above the line and anomalous below it, each drawn to the
+    same height, a panel a column.
 
     panels: {title: (scores (N,), threshold)}. Where the normal scores of all classes end at the
     same place, one threshold serves them all.
