@@ -478,11 +478,12 @@ def train_detector(detector: RevDist, samples: list[Sample], content: dict) -> d
         loss.backward()
         optimizer.step()
         step += 1
-        if step % 20 == 0 or step == cfg.iters:  # seldom: item() waits for the GPU
+        due = step % max(1, cfg.iters // 10) == 0 or step == cfg.iters
+        if due or step % 20 == 0:  # seldom: item() waits for the GPU
             bar.set_postfix(loss=f"{loss.item():.4f}")
             if not math.isfinite(loss.item()):
                 raise UserError(f"the loss is {loss.item()} at step {step}; lower --lr {cfg.lr}")
-        if RANK == 0 and (step % max(1, cfg.iters // 10) == 0 or step == cfg.iters):
+        if due and RANK == 0:
             content = {"step": step, "optimizer": optimizer.state_dict()}
             save_checkpoint(detector, content)
     if COUNT > 1:
@@ -784,7 +785,8 @@ def summarise(scores: Tensor, labels: np.ndarray, classes: np.ndarray, maps: Ten
 
     found = {c: metrics(np.flatnonzero(classes == c)) for c in sorted(set(classes))}
     pooled = metrics(np.arange(len(scores)))
-    mean = {m: float(np.mean([f[m] for f in found.values() if m in f])) for m in pooled}
+    values = {m: [f[m] for f in found.values() if m in f] for m in pooled}
+    mean = {m: float(np.mean(v)) for m, v in values.items() if v}
     return found | {"class mean": mean, "pooled": pooled}
 # ==== end shared
 
@@ -904,20 +906,19 @@ def read_command_line(argv: list[str] | None, config: type, description: str,
     """
     parser = Parser(description=description, parents=parents, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", nargs="?", choices=("train", "eval", "predict"), default="train")
+    parser.add_argument("command", nargs="?", default="train", help="train, eval or predict")
     parser.add_argument("paths", nargs="*", metavar="PATH", help="predict: images or folders")
+    comments = dict(re.findall(r"^    (\w+): .*?#(.*\n(?: +#.*\n)*)", getsource(config), re.M))
     for f in fields(config):
-        pattern = rf"^    {f.name}: .*?#(.*\n(?: +#.*\n)*)"
-        comment = re.search(pattern, getsource(config), re.M)[1].replace("%", "%%")
         kind = {"type": {"int": int, "float": float}.get(f.type, str)}
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
-                            help=" ".join(comment.replace("#", "").split()) +
-                            f" (default: {f.default})" * (str(f.default) not in ("", "False")),
+                            help=re.sub(r"[\s#]+", " ", comments[f.name]).replace("%", "%%") +
+                            f"(default: {f.default})" * (str(f.default) not in ("", "False")),
                             **{"action": "store_true"} if f.type == "bool" else kind)
     given = {"resume": False, "base": None} | vars(parser.parse_intermixed_args(argv))
     command, paths, resume, _ = (given.pop(k) for k in ("command", "paths", "resume", "base"))
-    if bool(paths) != (command == "predict"):
-        raise UserError(f"{command} {' '.join(paths)}: only predict takes images or folders")
+    if command not in ("train", "eval", "predict") or bool(paths) != (command == "predict"):
+        raise UserError(f"{command} {' '.join(paths)}: use train, eval, or predict with images")
     out = given.get("out", Config.out)
     path = given.pop("checkpoint", f"{out}/checkpoint.pt" * (resume or command != "train"))
     if not path:
