@@ -75,7 +75,6 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 from inspect import getsource
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import open_clip
@@ -760,7 +759,7 @@ class Sample:
     mask: Path | None = None
 
 
-def images_in(folder: Path, pattern: str) -> list[Path]:
+def images_in(folder: Path, pattern: str = "*") -> list[Path]:
     """Image files in name order, without hidden ones (macOS leaves some)."""
     return sorted(p for p in folder.glob(pattern)
                   if p.suffix.lower() in SUFFIXES and p.name[0] != ".")
@@ -774,12 +773,12 @@ def read_mvtec(root: Path) -> tuple[list[Sample], list[Sample]]:
     classes = [root] if (root / "train").is_dir() else classes
     has_masks, train, test = any(images_in(d, "ground_truth/*/*") for d in classes), [], []
     for d in classes:
-        normal = images_in(d, "train/good/*")
+        normal = images_in(d / "train/good")
         if not normal:
             raise UserError(f"no training images in {d / 'train/good'}; put normal images there")
         train += [Sample(p, d.name) for p in normal]
         for kind in sorted({p.name for p in (*d.glob("test/*"), *d.glob("ground_truth/*"))}):
-            images, masks = (images_in(d, f"{part}/{kind}/*") for part in ("test", "ground_truth"))
+            images, masks = (images_in(d / part / kind) for part in ("test", "ground_truth"))
             masks, label = {p.stem.removesuffix("_mask"): p for p in masks}, int(kind != "good")
             odd = masks.keys() ^ {p.stem for p in images}
             if odd and label and has_masks:
@@ -801,26 +800,22 @@ def read_visa(root: Path) -> tuple[list[Sample], list[Sample]]:
 
 
 def read_dataset(root: Path) -> tuple[list[Sample], list[Sample]]:
-    """(train, test) samples of a data set, all readable. Raises UserError that says what is wrong.
-    """
-    if not root.is_dir():
-        raise UserError(f"--data {root}: no such folder")
-    train, test = (read_visa if (root / "split_csv/1cls.csv").is_file() else read_mvtec)(root)
-    if not train:
-        raise UserError(f"--data {root}: no training images; put them in <class>/train/good")
-    check_samples(train + test)
-    return train, test
-
-
-def check_samples(samples: list[Sample]) -> None:
-    """Decode every file: a broken one must stop the run before the training and not after."""
+    """(train, test) samples of a data set. Every file is decoded: a broken one must stop the run
+    before the training and not after. Raises UserError that says what is wrong."""
     def check(s: Sample) -> None:
         width, height = load_image(s.path).size
         if s.mask and load_image(s.mask, mask=True).size != (width, height):
             raise UserError(f"mask {s.mask} is not as large as its image ({width} x {height})")
 
+    if not root.is_dir():
+        raise UserError(f"--data {root}: no such folder")
+    train, test = (read_visa if (root / "split_csv/1cls.csv").is_file() else read_mvtec)(root)
+    if not train:
+        raise UserError(f"--data {root}: no training images; put them in <class>/train/good")
     with ThreadPoolExecutor() as pool:  # threads suffice: Pillow decodes without the GIL
-        list(tqdm(pool.map(check, samples), "checking images", len(samples), False, disable=None))
+        found = pool.map(check, train + test)
+        list(tqdm(found, "checking images", len(train + test), False, disable=None))
+    return train, test
 
 
 def load_image(path: Path, mask: bool = False) -> Image.Image:
@@ -1009,7 +1004,6 @@ def write_predictions(cfg: Config, content: dict, paths: list[str], score: Calla
              for p in (images_in(path, "**/*") if path.is_dir() else [path])]
     if not files:
         raise UserError(f"no images in {', '.join(paths)}; name an image or a folder of images")
-    check_samples([Sample(p) for p in files])
     folder = Path(cfg.out, "predict")
     folder.mkdir(parents=True, exist_ok=True)
     for i, path in enumerate(files):
@@ -1032,7 +1026,7 @@ class UserError(Exception):
 class Parser(argparse.ArgumentParser):
     """argparse that reports a wrong flag in one line, like every other mistake."""
 
-    def error(self, message: str) -> NoReturn:
+    def error(self, message: str) -> None:
         raise UserError(f"{message}; see --help")
 
 
@@ -1088,12 +1082,11 @@ def choose_device(name: str) -> torch.device:
     name = {"auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(name, name)
     if name not in ("cpu", "cuda", "mps") or not torch.get_device_module(name).is_available():
         raise UserError(f"--device {name}: not on this machine; use --device auto")
-    device = torch.device(name)
-    if device.type == "cuda":
+    if name == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
         torch.backends.cudnn.deterministic = True  # convolutions repeat; attention need not
-    return device
+    return torch.device(name)
 
 
 def autocast(x: Tensor, dtype: torch.dtype) -> torch.autocast:
