@@ -31,7 +31,7 @@ paper                                        here
   prediction of (u, gamma) [paper]             CADA.fit, CADA.predict; [ours] D5
   alignment A' [author]                        normalise
   Fig. 4(a): label known (oracle)              class_statistics [ours] D7
-  score distributions by class                 plot_distributions
+  score distributions by class                 plot_scores
   absolute-unified evaluation [paper]          "pooled" in summarise
 
 Read it from the top: the method comes first, in the order in which an image passes through it,
@@ -101,7 +101,6 @@ class Config:
     # What replaces the defaults on the demo set, so that two CPU cores do it in minutes. [ours] D3
     DEMO = {"teacher": "resnet18", "weights": "none", "image_size": 128, "iters": 200, "workers": 0}
     VISA = {}  # as on MVTec AD
-
     data: str = ""  # data set folder; default: data/mvtec, else data/visa, else data/demo
     out: str = "runs/cada"  # folder for everything that is written
     seed: int = 0  # of weights, batches and CADA's clusters
@@ -185,13 +184,15 @@ class Teacher(nn.Module):
         Fresh statistics (mean 0, variance 1) let the activations of a random ResNet drift from
         layer to layer until all images look alike.
         """
-        torch.optim.swa_utils.update_bn(batches, nn.Sequential(self.stem, self.layer1, self.layer2, self.layer3))
+        layers = nn.Sequential(self.stem, self.layer1, self.layer2, self.layer3)
+        torch.optim.swa_utils.update_bn(batches, layers)
         self.eval()
 
 
 # ---- RevDist student -----------------------------------------------------------------------------
 def residual_stage(like: ResNet, inputs: int, planes: int, depth: int, up: bool) -> nn.Sequential:
-    """`depth` residual blocks as those of `like`; the first halves or doubles height and width.
+    """`depth` residual blocks as those of `like`; the first halves or doubles height and width:
+    (B, inputs, H, W) -> (B, planes x the block's expansion, H/2, W/2), or (..., 2H, 2W) if `up`.
 
     A stage that doubles is the teacher's mirrored: where the teacher's first block has a stride-2
     convolution, in the main path and in the shortcut, this one has a 2x2 transposed one.
@@ -211,7 +212,9 @@ class Student(nn.Module):
 
     forward: the teacher's [(B, C1, S/4, S/4), (B, C2, S/8, S/8), (B, C3, S/16, S/16)] -> the same
     shapes, reproduced from a code of (B, 2 * C3, S/32, S/32). The code is the bottleneck: too small
-    for anything but what normal images have in common. 83.80 M parameters for wide_resnet50_2.
+    for anything but what normal images have in common. Not a mirror image of the teacher's weights:
+    they start at random, so that nothing but training can make the two agree.
+    83.80 M parameters for wide_resnet50_2: fusion 10.62, bottleneck 48.26, decoder 24.92.
     """
 
     def __init__(self, teacher_name: str) -> None:
@@ -244,6 +247,8 @@ class RevDist(nn.Module):
 
     The decoder learned to reproduce the teacher's features e of normal images only; where its d
     fails, the image is anomalous: A(h,w) = mean over layers of 1 - <e,d> / (|e||d|). [author]
+    What level it fails at on *normal* images differs from class to class: a regular wire grid is
+    easy to reproduce and granite is not. That is the problem that CADA solves.
 
     This is all that CADA and the shared code need of a detector: `preprocess` for images, `teacher`
     for frozen features of them; called, it gives the loss on these, and `describe` turns them into
@@ -253,7 +258,7 @@ class RevDist(nn.Module):
     def __init__(self, cfg: Config) -> None:
         super().__init__()
         self.cfg, self.size = cfg, (cfg.image_size, cfg.image_size)
-        # An image that is not square is squashed [ours] D20; mean and deviation are ImageNet's.
+        # An image that is not square is squashed [ours] D19; mean and deviation are ImageNet's.
         self.preprocess = Compose([Resize(self.size), ToTensor(), Normalize(
             (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
         self.teacher = Teacher(cfg.teacher, cfg.weights, cfg.seed)
@@ -362,9 +367,9 @@ def implicit_classes(x: np.ndarray, statistics: np.ndarray, seed: int) -> KMeans
         model = KMeans(k, n_init=1, random_state=seed).fit(sample[~held])
         means = np.stack([y[~held][model.labels_ == c].mean(0) for c in range(k)])
         errors[k] += np.square(y[held] - means[model.predict(sample[held])]).sum()
-    explained = {k: errors[1] - error for k, error in errors.items()}
-    best = max(explained.values(), default=0.0)
-    k = next((k for k in errors if best > errors[1] / 2 and explained[k] >= 0.99 * best), 1)
+    best = min(errors.values(), default=0.0)
+    k = next((k for k, error in errors.items()
+              if best < errors[1] / 2 and error - best <= 0.01 * (errors[1] - best)), 1)
     return KMeans(k, n_init=3, random_state=seed).fit(x)
 
 
@@ -403,7 +408,7 @@ def image_score(maps: Tensor) -> Tensor:
 
 def hold_out(cfg: Config, samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
     """Normal images to train on, and those kept back, at random, for the threshold: the decoder
-    knows the former too well. With --holdout 0 both are all, as in the papers. [ours] D21"""
+    knows the former too well. With --holdout 0 both are all, as in the papers. [ours] D1"""
     order = np.random.default_rng(cfg.seed).permutation(len(samples)).tolist()
     n = round(cfg.holdout * len(samples))
     kept, held = ([samples[i] for i in sorted(part)] for part in (order[n:], order[:n]))
@@ -432,14 +437,13 @@ def look(detector: nn.Module, samples: list[Sample], view: Callable) -> list[Ten
 # ---- training ------------------------------------------------------------------------------------
 def build(cfg: Config, content: dict) -> RevDist:
     """The detector on its device, with the weights of a checkpoint if one is given."""
-    device = choose_device(cfg.device)
     torch.manual_seed(cfg.seed)
     detector = RevDist(cfg)
     if content:  # strict=False: the weights of a trained teacher are not in it
         detector.load_state_dict(content["weights"], strict=False)
     if detector.teacher.random:
         print("teacher: RANDOM weights; its numbers are not the paper's", file=sys.stderr)
-    return detector.to(device, memory_format=torch.channels_last)
+    return detector.to(choose_device(cfg.device), memory_format=torch.channels_last)
 
 
 def train_detector(detector: RevDist, samples: list[Sample], content: dict) -> dict:
@@ -448,8 +452,10 @@ def train_detector(detector: RevDist, samples: list[Sample], content: dict) -> d
     Raises UserError on a NaN loss.
 
     Only the student learns: the teacher's features are computed without gradients, and its
-    BatchNorm stays in eval mode. The student's BatchNorm learns its statistics here. There is no
-    validation and no best epoch, which could only be chosen on test images: the last step counts.
+    BatchNorm stays in eval mode. The student's BatchNorm learns its statistics here. All classes
+    are mixed in every batch, and nobody tells the student which image is of which (model-unified).
+    There is no validation and no best epoch, which could only be chosen on test images: the last
+    step counts.
     """
     cfg, student, share = detector.cfg, detector.student, samples[RANK::COUNT]
     if detector.teacher.random and not content:  # of all images: the same in every process
@@ -495,24 +501,27 @@ def train(fit: Callable, detector: nn.Module, samples: list[Sample], content: di
     of torchrun."""
     kept, held = hold_out(detector.cfg, samples)
     content = fit(detector, kept, content)
-    if not content:
-        return {}
-    features, maps = look(detector, samples, detector.describe)
-    cada, statistics = CADA.fit(features, maps, detector.cfg.seed), map_statistics(maps)
-    # The label oracle, Fig. 4(a): class means over the training images. [ours] D7
-    classes = np.array([s.cls for s in samples])
-    content |= {"cada": vars(cada), "oracle": {
-        c: statistics[classes == c].mean(0) for c in set(classes.tolist())}}
-    content["thresholds"] = {v: threshold(detector.cfg, m) for v, m in
-                             score(detector, content, held).items() if v != "oracle"}
-    save_checkpoint(detector, content)
+    if content:
+        features, maps = look(detector, samples, detector.describe)
+        content["cada"] = vars(CADA.fit(features, maps, detector.cfg.seed))
+        # The label oracle, Fig. 4(a): class means over the training images. [ours] D7
+        statistics, classes = map_statistics(maps), np.array([s.cls for s in samples])
+        content["oracle"] = {c: statistics[classes == c].mean(0) for c in set(classes.tolist())}
+        content["thresholds"] = {v: threshold(detector.cfg, m) for v, m in
+                                 score(detector, content, held).items() if v != "oracle"}
+        save_checkpoint(detector, content)
     return content
 
 
 # ---- evaluation ----------------------------------------------------------------------------------
 def score(detector: nn.Module, content: dict, samples: list[Sample]) -> dict[str, Tensor]:
     """Smoothed anomaly maps of images, (N, S, S) each: raw, aligned by the true class's statistics
-    (oracle) if all these classes are known, and aligned by CADA."""
+    (oracle) if all these classes are known, and aligned by CADA.
+
+    What to look for: "pooled" should rise from raw to cada, and the oracle shows how far it could.
+    "class mean" should stay: within a class alignment has nothing to gain, so where it falls, the
+    head has taken the image's defect for its class, and does harm.
+    """
     features, maps = look(detector, samples, detector.describe)
     maps = smooth(maps)  # once for all three: aligning commutes with blurring
     variants, oracle = {"raw": maps}, content["oracle"]
@@ -523,8 +532,7 @@ def score(detector: nn.Module, content: dict, samples: list[Sample]) -> dict[str
     return variants | {"cada": normalise(maps, u, gamma)}
 
 
-def plot_distributions(out: str, samples: list[Sample], thresholds: dict, scores: dict,
-                       results: dict) -> None:
+def plot_scores(out: str, samples: list, thresholds: dict, scores: dict, results: dict) -> None:
     """Score histograms by class, normal above the line and anomalous below it, each drawn to the
     same height, of each variant that has a threshold. [paper]
 
@@ -548,8 +556,7 @@ def plot_distributions(out: str, samples: list[Sample], thresholds: dict, scores
         ax.set_title(f"{v}: pooled I-AUROC {results[v]['pooled'].get('I-AUROC', math.nan):.1%}")
         ax.set_xlabel("image score (last bin: that and above)", fontsize=11)
         ax.spines[["top", "right", "left"]].set_visible(False)
-    figure.legend(handles=[*ax.patches[:2], line], loc="outside lower center", ncols=3, fontsize=11,
-                  frameon=False)
+    figure.legend(handles=[*ax.patches[:2], line], loc="outside lower center", ncols=3)
     figure.savefig(Path(out, "distributions.png"), dpi=150, bbox_inches="tight")
 
 
@@ -581,7 +588,6 @@ def teacher_features(detector: nn.Module, samples: list[Sample]) -> Callable:
             values = values.pin_memory()  # copied while the GPU computes
         parts = values.to(first[0].device, non_blocking=True).split(sizes, dim=1)
         return [p.unflatten(1, s) for p, s in zip(parts, shapes)]
-
     return partial(map, load)
 
 
@@ -628,10 +634,9 @@ def read_mvtec(root: Path) -> tuple[list[Sample], list[Sample]]:
     """Read an MVTec-style tree, <class>/{train/good,test/<kind>,ground_truth/<kind>}/*, or the
     folder of a single class. A mask goes with the image of its stem, `000_mask` or `000` with
     `000`; sort order decides nothing. Raises UserError where one lacks the other."""
-    classes = sorted(d for d in root.iterdir() if (d / "train").is_dir())
-    classes = [root] if (root / "train").is_dir() else classes
+    classes = [root] if (root / "train").is_dir() else [p.parent for p in root.glob("*/train")]
     has_masks, train, test = any(images_in(d, "ground_truth/*/*") for d in classes), [], []
-    for d in classes:
+    for d in sorted(classes):
         normal = images_in(d / "train/good")
         if not normal:
             raise UserError(f"no training images in {d / 'train/good'}; put normal images there")
@@ -665,7 +670,6 @@ def read_dataset(root: Path) -> tuple[list[Sample], list[Sample]]:
         width, height = load_image(s.path).size
         if s.mask and load_image(s.mask, mask=True).size != (width, height):
             raise UserError(f"mask {s.mask} is not as large as its image ({width} x {height})")
-
     if not root.is_dir():
         raise UserError(f"--data {root}: no such folder")
     train, test = (read_visa if (root / "split_csv/1cls.csv").is_file() else read_mvtec)(root)
@@ -752,7 +756,6 @@ def ranking_metrics(kind: str, values: Tensor, positive: Tensor) -> dict[str, fl
         b, e = (limit - start).clamp(min=0), (limit - end).clamp(min=0)
         inside = torch.where(end > start, (b - e) / (end - start), 1)  # the part below the limit
         return (rise * inside * (b + e) / 2).sum().item()
-
     found = {f"{kind}-AUROC": area(rise / positives, 1.0),
              f"{kind}-AP": (rise * tp / flagged).sum().item() / positives,
              f"{kind}-F1max": (2 * tp / (flagged + positives)).max().item()}
@@ -770,13 +773,13 @@ def summarise(scores: Tensor, labels: np.ndarray, classes: np.ndarray, maps: Ten
     """All metrics by both protocols: {class: {}, ..., "class mean": {}, "pooled": {}}.
 
     pooled: all classes in one ranking, as one threshold sees them (absolute-unified).
-    class mean: a ranking per class, then the unweighted mean (model-unified); a class without good
+    class mean: a ranking per class, then the unweighted mean (model-unified), which allows each
+    class a threshold of its own, so that a difference in level costs nothing. A class without good
     or without defective images has no such metric and does not count.
     """
     def metrics(rows: np.ndarray) -> dict[str, float]:
         found = ranking_metrics("I", scores[rows], torch.from_numpy(labels[rows]) == 1)
         return found if masks is None else found | ranking_metrics("P", maps[rows], masks[rows])
-
     found = {c: metrics(np.flatnonzero(classes == c)) for c in sorted(set(classes))}
     pooled = metrics(np.arange(len(scores)))
     values = {m: [f[m] for f in found.values() if m in f] for m in pooled}
@@ -792,7 +795,8 @@ def report(cfg: Config, content: dict, samples: list[Sample], maps: dict[str, Te
     Returns the image scores and the metrics, by variant.
 
     content["thresholds"]: {variant: threshold} of those to draw, the last of which decides; layers:
-    more rows of plot_heatmaps().
+    more rows of plot_heatmaps(). No number here has been chosen by a test label, the maxima of F1
+    apart, which say what the best threshold would have been.
     """
     thresholds = content["thresholds"]
     out, (name, threshold) = Path(cfg.out), [*thresholds.items()][-1]
@@ -919,8 +923,7 @@ def read_command_line(argv: list[str] | None, config: type, description: str,
         root = Path(given.get("data") or next(d for d in folders if d.is_dir())).resolve()
         preset = config.DEMO if root == folders[2].resolve() else (
             config.VISA if (root / "split_csv/1cls.csv").is_file() else {})
-        print(f"data: {root}" + " (a small demo; real sets: see data/README.md)" *
-              (preset is config.DEMO), file=sys.stderr)
+        print(f"data: {root}; data/README.md tells where to get others", file=sys.stderr)
         return command, [], config(**preset | given | {"out": out, "data": str(root)}), {}
     free = {"out", "device", "workers", "batch_size", "cache",
             {"train": "", "eval": "data", "predict": "threshold"}[command]}
@@ -949,10 +952,10 @@ def choose_device(name: str) -> torch.device:
 
 
 def autocast(x: Tensor, dtype: torch.dtype) -> torch.autocast:
-    """Half precision on GPUs that have it, float32 elsewhere: not every CPU does. [ours] D19"""
-    able = x.is_cuda and (dtype != torch.bfloat16
-                          or torch.cuda.is_bf16_supported(including_emulation=False))
-    return torch.autocast("cuda", dtype, enabled=able)
+    """Half precision on GPUs that have it, float32 elsewhere: not every CPU does, and a V100 has no
+    bfloat16 of its own (False: an emulated one does not count). [ours] D18"""
+    able = dtype == torch.float16 or x.is_cuda and torch.cuda.is_bf16_supported(False)
+    return torch.autocast("cuda", dtype, enabled=x.is_cuda and able)
 # ==== end shared
 
 
@@ -970,8 +973,7 @@ def main(argv: list[str] | None = None) -> int:
             base.UserError = UserError  # a mistake is a mistake wherever it was noticed
         command, paths, cfg, content = read_command_line(argv, base.Config, __doc__, parser)
         if command != "train" and "cada" not in content:
-            raise UserError("no CADA in the checkpoint: end its training by --resume, or, if it is "
-                            "one of cnc.py, add CADA by cada.py --base cnc --checkpoint FILE")
+            raise UserError("no CADA in the checkpoint: --resume its training, or add it to a CNC")
         normal, test = ([], []) if paths else read_dataset(Path(cfg.data))
         detector = base.build(cfg, content)
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
@@ -983,7 +985,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"no test images, so nothing to evaluate; checkpoint in {cfg.out}")
         elif content:  # {} in all but the first process of torchrun
             found = report(cfg, content, test, score(detector, content, test), {})
-            plot_distributions(cfg.out, test, content["thresholds"], *found)
+            plot_scores(cfg.out, test, content["thresholds"], *found)
         return 0
     except (UserError, OSError, KeyboardInterrupt) as e:
         told = str(e) or "interrupted; --resume goes on from the last checkpoint, if there is one"

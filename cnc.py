@@ -11,7 +11,7 @@ decoder so many kinds of patches that it reproduces anomalies too ("over-general
 guides the decoded features towards learnable prompts that mean "normal", whatever the class, and
 sends each patch through 2 of 5 experts, so that patches of different kinds disturb each other less.
 
-    image (B, 3, S, S)               "[V1]..[V12] object." "[W1]..[W12] damaged object." per tap
+    image (B, 3, S, S)               "[V1]..[V4] object." "[V1]..[V4] damaged object." per tap
       |                                                     |
     Teacher, frozen CLIP image tower             PromptLearner, frozen CLIP text tower
       |                                                     |
@@ -21,8 +21,9 @@ sends each patch through 2 of 5 experts, so that patches of different kinds dist
       |      GatedMoE, 2 of 5 experts a token               |
       |      decode -> d1, d2, d3 (B, 1+N, C)               |
       |                                                     |
-    P(e), P(d): CLIP's joint space (B, 1+N, D) <--- promote: v* = v + psi(v) t_n
-      |                                        <--- constrain: decoded CLS nearer to t_n than to t_a
+    P(e), P(d): CLIP's joint space (B, N, D) <--- constrain: decoded patches at least as normal
+      |                                      |    to the text as the average normal patch
+      |                                      <--- promote: v* = v + psi(e) (t_n - t_a), v = e and d
     M = mean over taps of 1 - cos(e*, d*) -> (B, S, S) -> blur -> image score (B,)
 
 paper                                          here
@@ -30,13 +31,13 @@ paper                                          here
   class-agnostic learnable prompts [paper]       PromptLearner
   gated mixture-of-experts [paper]               GatedMoE
   fusion, decoder [port]                         Student
-  feature-level normality promotion [paper]      promote; along t_n: [ours] D13
+  feature-level normality promotion [paper]      promote; its form: [ours] D13
   cross-modal normality constraint [paper]       CNC.constraint; form: [ours] D10
   theta = 5 [paper]                              CNC.forward; warm-up: [ours] D9
   tau = 0.001 [paper]                            CNC.constraint; its role: [ours] D10
   distillation by cosine [paper]                 CNC.distance; patch by patch: [ours] D12
   joint space                                    Teacher.joint; frozen, all taps: [ours] D11
-  anomaly map M [paper]                          CNC.describe; image_score: [ours] D16
+  anomaly map M [paper]                          CNC.describe; image_score: [ours] D15
 
 Read it from the top: the method comes first, in the order in which an image passes through it,
 then training and evaluation. What follows, between `shared` banners, stands in cada.py letter for
@@ -120,14 +121,11 @@ class Config:
     batch_size: int = 8  # images a training step [paper]
     epochs: int = 250  # passes over the training images [paper]; 200 on VisA (raw archive)
     lr: float = 1e-3  # Adam learning rate [paper]
-    clip: float = 1.0  # gradients are scaled down to this norm; 0: never [ours] D15
     experts: int = 5  # experts of the gated mixture [paper]
     top_k: int = 2  # experts that each token uses [paper]
     theta: int = 5  # epochs in which the constraint teaches the prompts, not yet the decoder
     #                 [paper], meaning [ours] D9; the distillation runs from the start
     tau: float = 0.001  # temperature of the softmax over image-text cosines [paper]
-    shared_prompts: bool = False  # one context for both sentences, starting as real words: keeps
-    #                               the meaning of "damaged" [ours] D17
     no_moe: bool = False  # one expert instead of the gated mixture
     no_fnp: bool = False  # no feature-level normality promotion
     no_constraint: bool = False  # do not guide the decoded features towards normal text (the
@@ -147,7 +145,7 @@ class Config:
         for name, fits in {
                 "epochs": self.epochs > 0, "batch_size": self.batch_size > 0, "lr": self.lr > 0,
                 "seed": self.seed >= 0, "workers": self.workers >= 0, "quantile": 0 < self.quantile,
-                "tau": self.tau > 0, "clip": self.clip >= 0, "theta": self.theta >= 0,
+                "tau": self.tau > 0, "theta": self.theta >= 0,
                 "image_size": self.image_size >= 0, "top_k": 0 < self.top_k <= self.experts,
                 "taps": re.fullmatch(r"(\d+(,\d+)*)?", self.taps), "holdout": 0 <= self.holdout < 1,
                 "cache": self.cache in ("on", "off")}.items():
@@ -275,7 +273,7 @@ class Teacher(nn.Module):
         """Undo the whitening: [(B, 1 + N, C)] -> the same, layer-normalised, less a mean.
 
         Whitening brings out what tells patches apart, at the cost of what tells classes apart.
-        [ours] D18
+        [ours] D17
         """
         if not self.random:
             return features
@@ -293,53 +291,49 @@ class Teacher(nn.Module):
 # ---- class-agnostic prompts ----------------------------------------------------------------------
 class PromptLearner(nn.Module):
     """Two learnable sentences for each tap, the same for all classes: no class name enters.
-    [paper] Form: [port]
+    [paper] Form: [ours] D16
 
-        normal    [V1] ... [V12] object.
-        abnormal  [W1] ... [W12] damaged object.
+        normal    [V1] [V2] [V3] [V4] object.
+        abnormal  [V1] [V2] [V3] [V4] damaged object.
 
-    .ctx (taps, 2, n_ctx, dim) holds the V and W, vectors in the place of word embeddings, drawn
-    from N(0, 0.02) [port]. Through the frozen text tower they become forward() -> (taps, 2, D),
-    unit vectors [t_n, t_a].
+    .ctx (taps, 4, dim) holds the V, vectors in the place of word embeddings, which start as "a
+    photo of a". Nothing but the word "damaged" tells the two apart: a one-class loss lets two free
+    contexts drift to where their difference says nothing about defects. Through the frozen text
+    tower they become forward() -> (taps, 2, D), unit vectors [t_n, t_a]; .start is what that was
+    before any learning.
+
+    .centre and .spread (taps, 1, 1), mean and standard deviation of normal patches' margins, are
+    what CNC.track() learns of them.
     """
 
-    SENTENCES = ("object.", "damaged object.")
-    WORDS = "a photo of a"
+    SENTENCES = ("a photo of a object.", "a photo of a damaged object.")
+    N_CTX = 4  # "a photo of a": a token each
 
-    def __init__(self, teacher: Teacher, n_ctx: int = 12, shared: bool = False) -> None:
-        """shared: one context V = W of four tokens, .ctx (taps, 1, 4, dim), which starts as WORDS,
-        so that nothing but the word "damaged" tells t_a from t_n. A one-class loss lets two free
-        contexts drift to where the difference says nothing about defects. [ours] D17
-        """
+    def __init__(self, teacher: Teacher) -> None:
         super().__init__()
-        clip, n_ctx = teacher.clip, 4 if shared else n_ctx
-        blanks = "x " * n_ctx  # one token each; its embedding is replaced
-        self.register_buffer("ids", teacher.tokenizer([blanks + s for s in self.SENTENCES]),
-                             persistent=False)
+        clip, taps = teacher.clip, len(teacher.taps)
+        self.register_buffer("ids", teacher.tokenizer(self.SENTENCES), persistent=False)
         self.embedding = (getattr(clip, "text", clip).token_embedding,)  # a tuple hides the frozen
         self.encode_text = clip.encode_text  # tower from state_dict() and parameters()
-        embed, taps = self.embedding[0], len(teacher.taps)
-        if shared:
-            words = embed(teacher.tokenizer([self.WORDS]))[0, 1:1 + n_ctx]
-            self.ctx = nn.Parameter(words.detach().repeat(taps, 1, 1, 1))
-        else:
-            self.ctx = nn.Parameter(0.02 * torch.randn(taps, 2, n_ctx, embed.embedding_dim))
+        words = self.embedding[0](self.ids[0, 1:1 + self.N_CTX])
+        self.ctx = nn.Parameter(words.detach().repeat(taps, 1, 1))
+        self.register_buffer("start", self().detach())
+        for name, shape in (("centre", (taps, 1, 1)), ("spread", (taps, 1, 1)), ("steps", ())):
+            self.register_buffer(name, torch.zeros(shape))
 
     def forward(self) -> Tensor:
-        taps, n_ctx = self.ctx.shape[0], self.ctx.shape[2]
-
         def insert(module: nn.Module, args: tuple, words: Tensor) -> Tensor:
-            # words: (2 * taps, length, dim), start, blanks, sentence, end
-            ctx = self.ctx.expand(-1, 2, -1, -1).flatten(0, 1).to(words.dtype)
-            return torch.cat([words[:, :1], ctx, words[:, 1 + n_ctx:]], dim=1)
+            # words: (2 * taps, length, dim): start, context, sentence, end
+            ctx = self.ctx.repeat_interleave(2, dim=0).to(words.dtype)
+            return torch.cat([words[:, :1], ctx, words[:, 1 + self.N_CTX:]], dim=1)
 
         # A hook, so that encode_text is open_clip's own: mask, pooling and all.
         hook = self.embedding[0].register_forward_hook(insert)
         try:
-            text = self.encode_text(self.ids.repeat(taps, 1))
+            text = self.encode_text(self.ids.repeat(len(self.ctx), 1))
         finally:
             hook.remove()
-        return F.normalize(text.float().unflatten(0, (taps, 2)), dim=-1)
+        return F.normalize(text.float().unflatten(0, (-1, 2)), dim=-1)
 
 
 # ---- student: fusion, mixture of experts, decoder ------------------------------------------------
@@ -418,18 +412,15 @@ class Student(nn.Module):
 
 
 # ---- CNC -----------------------------------------------------------------------------------------
-def promote(v: Tensor, t_normal: Tensor, t_abnormal: Tensor) -> Tensor:
-    """Feature-level normality promotion: v* = v + psi t_n, psi = (1 + tanh(<v,t_n> - <v,t_a>)) / 2.
+def promote(v: Tensor, psi: Tensor, text: Tensor) -> Tensor:
+    """Feature-level normality promotion: v* = v + psi (t_n - t_a).
 
-    v: unit vectors (..., D); t_normal, t_abnormal: (D,). Returns (..., D), not normalised.
-    It is meant so: a normal patch gains the normal direction both encoded and decoded, an abnormal
-    one only decoded, as the decoder knows nothing but normal patches; so the two move apart. That
-    it exists is [paper], psi is [port], the direction t_n [ours] D13: psi v instead is parallel to
-    v, and no cosine would notice. A doubt: without a temperature the tanh sees differences of
-    mostly a tenth, so psi stays near 1/2 (0.50 +- 0.05 on the demo) and all patches gain alike.
+    v: unit vectors (taps, B, N, D), psi (taps, B, N) in 0..1, text (taps, 2, D). Returns
+    (taps, B, N, D), not normalised. Encoded and decoded patch gain the same, so that the angle
+    between them shrinks, the more the more normal the text finds the patch; one that it finds
+    abnormal keeps its distance. That it exists is [paper], the form [ours] D13.
     """
-    psi = (1 + torch.tanh(v @ t_normal - v @ t_abnormal)) / 2
-    return v + psi[..., None] * t_normal
+    return v + psi[..., None] * (text[:, 0] - text[:, 1])[:, None, None]
 
 
 class CNC(nn.Module):
@@ -440,19 +431,17 @@ class CNC(nn.Module):
     pooled features and a raw anomaly map.
     """
 
-    CONSTRAINT_WEIGHT, BALANCE_WEIGHT = 0.1, 0.01  # w_cm [ours] D10, [ours] D14
+    BALANCE_WEIGHT = 0.01  # [ours] D14
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        self.cfg, self.teacher = cfg, Teacher(cfg)
-        # An image that is not square is squashed. [ours] D20
+        self.cfg, self.teacher, self.text = cfg, Teacher(cfg), None
+        # An image that is not square is squashed. [ours] D19
         self.preprocess = open_clip.image_transform(
             self.teacher.size, is_train=False, resize_mode="squash", interpolation="bicubic")
-        self.prompts = PromptLearner(self.teacher, shared=cfg.shared_prompts)
+        self.prompts = PromptLearner(self.teacher)
         self.student = Student(len(self.teacher.taps), self.teacher.width,
                                0 if cfg.no_moe else cfg.experts, cfg.top_k)
-        self.tau, self.fnp, self.guided = cfg.tau, not cfg.no_fnp, not cfg.no_constraint
-        self.text = None
 
     def decode(self, features: list[Tensor]) -> tuple[list, list, Tensor]:
         """Teacher features -> encoded and decoded tokens, float32, and the balance loss."""
@@ -478,79 +467,104 @@ class CNC(nn.Module):
                 self.text = self.prompts()
         return self.text
 
-    def distance(self, encoded: list[Tensor], decoded: list[Tensor], text: Tensor) -> Tensor:
-        """1 - cos(e*, d*) of each patch, in the joint space and promoted: lists of (B, 1 + N, C) ->
-        (taps, B, N) in 0..2. RD with cosine is [paper], patch by patch [ours] D12."""
-        maps = []
-        for e, d, (t_normal, t_abnormal) in zip(encoded, decoded, text):
-            e, d = self.teacher.joint(e[:, 1:]), self.teacher.joint(d[:, 1:])
-            if self.fnp:
-                e, d = promote(e, t_normal, t_abnormal), promote(d, t_normal, t_abnormal)
-            maps.append(1 - F.cosine_similarity(e, d, dim=-1))
-        return torch.stack(maps)
+    def patches(self, tokens: list[Tensor]) -> Tensor:
+        """Lists of (B, 1 + N, C) -> patches in the joint space, unit vectors (taps, B, N, D)."""
+        return torch.stack([self.teacher.joint(f[:, 1:]) for f in tokens])
 
-    def constraint(self, tokens: list[Tensor], text: Tensor) -> Tensor:
-        """Cross entropy of softmax(<P(cls), [t_n, t_a]> / tau) against "normal", mean over taps.
+    def margin(self, v: Tensor, text: Tensor) -> Tensor:
+        """<v, t_n - t_a>: how much nearer to the normal text, (taps, B, N, D) -> (taps, B, N).
 
-        tokens: lists of (B, 1 + N, C), text (taps, 2, D). [paper] target, [ours] D10 form.
-        At tau = 0.001 a difference of 0.01 in cosine is one of 10 in logit: the loss saturates
-        as soon as t_a is a little farther off than t_n, and is over. Hence float32, and for the
-        last product no matmul, which bf16 and TF32 would round to three digits.
+        No matmul: bf16 and TF32 would round it to three digits, and tau asks for more.
         """
-        losses = []
-        for f, t in zip(tokens, text):
-            cls = self.teacher.joint(f[:, :1])  # (B, 1, D)
-            logits = F.cosine_similarity(cls, t, dim=-1) / self.tau  # (B, 2)
-            losses.append(F.cross_entropy(logits, logits.new_zeros(len(f), dtype=torch.long)))
-        return torch.stack(losses).mean()
+        return (v * (text[:, 0] - text[:, 1])[:, None, None]).sum(-1)
+
+    @torch.no_grad()
+    def track(self, e: Tensor, text: Tensor) -> None:
+        """Mean and standard deviation of encoded normal patches' margins, averaged over all steps.
+
+        What a margin of 0.05 means differs from tap to tap and from CLIP to CLIP; these say it
+        without a label. [ours] D13
+        """
+        self.prompts.steps += 1
+        found = torch.std_mean(self.margin(e, text), dim=(1, 2), correction=0, keepdim=True)
+        for mean, now in zip((self.prompts.spread, self.prompts.centre), found):
+            mean.lerp_(now, 1 / self.prompts.steps)
+
+    def psi(self, e: Tensor, text: Tensor) -> Tensor:
+        """The cross-modal control coefficient of encoded patches, (taps, B, N, D) -> (taps, B, N)
+        in 0..1: a sigmoid of how many standard deviations the margin is above the average of normal
+        patches. [ours] D13"""
+        z = (self.margin(e, text) - self.prompts.centre) / (self.prompts.spread + 1e-6)
+        return z.sigmoid()
+
+    def distance(self, e: Tensor, d: Tensor, text: Tensor) -> Tensor:
+        """1 - cos(e*, d*) of each patch, promoted: (taps, B, N, D) -> (taps, B, N) in 0..2. RD with
+        cosine is [paper], patch by patch in the joint space [ours] D12."""
+        if not self.cfg.no_fnp:
+            psi = self.psi(e, text)
+            e, d = promote(e, psi, text), promote(d, psi, text)
+        return 1 - F.cosine_similarity(e, d, dim=-1)
+
+    def constraint(self, v: Tensor, text: Tensor) -> Tensor:
+        """tau times the cross entropy of softmax(<v, [t_n, t_a]> / tau) against "normal", each
+        cosine less its mean over normal patches; mean over patches (taps, B, N, D).
+
+        [paper] target, [ours] D10 form. With two texts that cross entropy is softplus(-margin /
+        tau); at tau = 0.001 a hinge: nothing where the margin is above the average, a slope of
+        1 / tau below. Times tau, the slope is 1, about that of the distillation, for every tau.
+        """
+        lack = self.prompts.centre - self.margin(v, text)
+        return self.cfg.tau * F.softplus(lack / self.cfg.tau).mean()
 
     def forward(self, features: list[Tensor], warm_up: bool = False) -> Tensor:
-        """The loss: L = L_distillation + 0.1 L_constraint + 0.01 L_balance, a scalar.
+        """The loss: L = L_distillation + tau L_constraint + 0.01 L_balance, a scalar.
 
-        In the warm-up the constraint reads *encoded* CLS tokens and teaches the prompts what normal
-        images look like; after it, *decoded* ones and teaches the decoder, prompts fixed. [ours] D9
+        In the warm-up the constraint reads *encoded* patches and teaches the prompts to find all
+        normal patches alike, held back by their distance to the words they started as; after it,
+        *decoded* ones and teaches the decoder, prompts fixed. [ours] D9
         """
         encoded, decoded, balance = self.decode(features)
-        learning = warm_up and (self.fnp or self.guided)
+        e, d = self.patches(encoded), self.patches(decoded)
+        learning = warm_up and not (self.cfg.no_fnp and self.cfg.no_constraint)
         text = self.text_features(learning)
-        total = (self.distance(encoded, decoded, text.detach()).mean()
-                 + self.BALANCE_WEIGHT * balance)
+        self.track(e, text)
+        total = self.distance(e, d, text.detach()).mean() + self.BALANCE_WEIGHT * balance
         if learning:
-            total = total + self.CONSTRAINT_WEIGHT * self.constraint(encoded, text)
-        elif self.guided and not warm_up:
-            total = total + self.CONSTRAINT_WEIGHT * self.constraint(decoded, text)
+            total = total + self.constraint(e, text)
+            total = total + (text - self.prompts.start).square().sum((1, 2)).mean()
+        elif not warm_up and not self.cfg.no_constraint:
+            total = total + self.constraint(d, text)
         return total
 
     def describe(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Teacher features -> (pooled (B, 2 * taps * C), raw anomaly map (B, S, S) in 0..2).
 
         M = mean over taps of 1 - cos(e*, d*) of each patch, up-sampled; align_corners=False
-        ([ours] D16): a token's value belongs to the centre of its patch. Pooled, mean and standard
+        ([ours] D15): a token's value belongs to the centre of its patch. Pooled, mean and standard
         deviation over patches, is for CADA: frozen features of the whole image tell its class.
         [ours] D6
         """
         encoded, decoded, _ = self.decode(features)
-        m = self.distance(encoded, decoded, self.text_features(False)).mean(0)  # (B, N)
+        e, d = self.patches(encoded), self.patches(decoded)
+        m = self.distance(e, d, self.text_features(False)).mean(0)  # (B, N)
         m = m.view(-1, 1, self.teacher.grid, self.teacher.grid)
         maps = F.interpolate(m, (self.teacher.size,) * 2, mode="bilinear", align_corners=False)
         pooled = [t for f in self.teacher.plain(encoded) for t in torch.std_mean(f[:, 1:], dim=1)]
         return torch.cat(pooled, dim=1), maps[:, 0]
 
     def explain(self, features: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """What describe() does not tell: the anomaly map; the text's own, (B, S, S): by how much an
-        *encoded* patch is nearer to t_a than to t_n, mean over taps; and the number, from 1, of the
-        expert with the largest weight at each patch, (B, h, w)."""
-        encoded, size = [f.float() for f in features], (self.teacher.size,) * 2
-        text = torch.stack([self.teacher.joint(e[:, 1:]) @ (t[1] - t[0])
-                            for e, t in zip(encoded, self.text_features(False))]).mean(0)
-        text = text.unflatten(1, (self.teacher.grid,) * 2)[:, None]
-        expert = torch.ones_like(text[:, 0])
+        """What the figures show: the anomaly map; what the text alone says, 1 - psi, (B, S, S) in
+        0..1; and at each patch the number, from 1, of the expert with the largest weight (B, h, w).
+        """
+        encoded, grid = [f.float() for f in features], (self.teacher.grid,) * 2
+        psi = self.psi(self.patches(encoded), self.text_features(False)).mean(0).unflatten(1, grid)
+        text = F.interpolate(1 - psi[:, None], (self.teacher.size,) * 2)[:, 0]
+        expert = torch.ones_like(psi)
         if isinstance(self.student.moe, GatedMoE):
             with autocast(features[0], torch.bfloat16):
                 x = self.student.fuse(torch.cat(encoded, dim=-1))[:, 1:]
-            weights, chosen, _ = self.student.moe.route(x.flatten(0, 1))
-            expert = chosen[:, 0].view(expert.shape) + 1
-        return self.describe(features)[1], F.interpolate(text, size)[:, 0], expert
+            expert = self.student.moe.route(x.flatten(0, 1))[1][:, 0].view(psi.shape) + 1
+        return self.describe(features)[1], text, expert
 
 
 # ==== shared: map and score
@@ -574,7 +588,7 @@ def image_score(maps: Tensor) -> Tensor:
 
 def hold_out(cfg: Config, samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
     """Normal images to train on, and those kept back, at random, for the threshold: the decoder
-    knows the former too well. With --holdout 0 both are all, as in the papers. [ours] D21"""
+    knows the former too well. With --holdout 0 both are all, as in the papers. [ours] D1"""
     order = np.random.default_rng(cfg.seed).permutation(len(samples)).tolist()
     n = round(cfg.holdout * len(samples))
     kept, held = ([samples[i] for i in sorted(part)] for part in (order[n:], order[:n]))
@@ -603,7 +617,6 @@ def look(detector: nn.Module, samples: list[Sample], view: Callable) -> list[Ten
 # ---- training ------------------------------------------------------------------------------------
 def build(cfg: Config, content: dict) -> CNC:
     """The detector on its device, with the weights of a checkpoint if one is given."""
-    device = choose_device(cfg.device)
     torch.manual_seed(cfg.seed)
     detector = CNC(cfg)
     if content:  # strict=False: the weights of a trained teacher are not in it
@@ -611,7 +624,7 @@ def build(cfg: Config, content: dict) -> CNC:
     if detector.teacher.random:
         print("teacher: RANDOM weights, so that text means nothing to it; the numbers are not the "
               "paper's", file=sys.stderr)
-    return detector.to(device)
+    return detector.to(choose_device(cfg.device))
 
 
 def train_detector(detector: CNC, samples: list[Sample], content: dict) -> dict:
@@ -634,7 +647,6 @@ def train_detector(detector: CNC, samples: list[Sample], content: dict) -> dict:
     steps = max(1, round(cfg.epochs * epoch))
     if content:
         optimizer.load_state_dict(content["optimizer"])
-        torch.set_rng_state(content["random"])
     if COUNT > 1:
         distributed.init_process_group()
     detector.train()
@@ -646,13 +658,10 @@ def train_detector(detector: CNC, samples: list[Sample], content: dict) -> dict:
             detector.prompts.requires_grad_(warm_up and not (cfg.no_fnp and cfg.no_constraint))
             engine = nn.parallel.DistributedDataParallel(detector) if COUNT > 1 else detector
             phase = warm_up
+        torch.manual_seed(hash((cfg.seed, RANK, step)))  # dropout, the same in a resumed run
         loss = engine(batch, warm_up=warm_up)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        if cfg.clip:  # [ours] D15
-            # At tau = 0.001 a CLS token on the wrong side gives a gradient 100 times that of the
-            # distillation; Adam remembers its square for thousands of steps, and hardly moves.
-            nn.utils.clip_grad_norm_(parameters, cfg.clip)
         optimizer.step()
         step += 1
         due = step % max(1, steps // 10) == 0 or step == steps
@@ -661,8 +670,7 @@ def train_detector(detector: CNC, samples: list[Sample], content: dict) -> dict:
             if not math.isfinite(loss.item()):
                 raise UserError(f"the loss is {loss.item()} at step {step}; lower --lr {cfg.lr}")
         if due and RANK == 0:
-            content = {"step": step, "optimizer": optimizer.state_dict(),
-                       "random": torch.get_rng_state()}
+            content = {"step": step, "optimizer": optimizer.state_dict()}
             save_checkpoint(detector, content)
     if COUNT > 1:
         distributed.destroy_process_group()
@@ -690,7 +698,9 @@ def score(detector: CNC, samples: list[Sample]) -> tuple[dict, dict]:
     """Anomaly maps of images, {"text": (N, S, S), what the text alone says, "cnc": smoothed}, and
     what else there is to see, as plot_heatmaps() wants it."""
     maps, text, expert = look(detector, samples, detector.explain)
-    layers = {} if detector.cfg.no_moe else {"expert": (expert, 0.5, 5.5, COLOURS)}
+    layers = {"text, 1 - psi": (text, 0, 1, "cividis")}
+    if not detector.cfg.no_moe:
+        layers["expert"] = expert, 0.5, 5.5, COLOURS
     return {"text": text, "cnc": smooth(maps)}, layers
 
 
@@ -722,7 +732,6 @@ def teacher_features(detector: nn.Module, samples: list[Sample]) -> Callable:
             values = values.pin_memory()  # copied while the GPU computes
         parts = values.to(first[0].device, non_blocking=True).split(sizes, dim=1)
         return [p.unflatten(1, s) for p, s in zip(parts, shapes)]
-
     return partial(map, load)
 
 
@@ -769,10 +778,9 @@ def read_mvtec(root: Path) -> tuple[list[Sample], list[Sample]]:
     """Read an MVTec-style tree, <class>/{train/good,test/<kind>,ground_truth/<kind>}/*, or the
     folder of a single class. A mask goes with the image of its stem, `000_mask` or `000` with
     `000`; sort order decides nothing. Raises UserError where one lacks the other."""
-    classes = sorted(d for d in root.iterdir() if (d / "train").is_dir())
-    classes = [root] if (root / "train").is_dir() else classes
+    classes = [root] if (root / "train").is_dir() else [p.parent for p in root.glob("*/train")]
     has_masks, train, test = any(images_in(d, "ground_truth/*/*") for d in classes), [], []
-    for d in classes:
+    for d in sorted(classes):
         normal = images_in(d / "train/good")
         if not normal:
             raise UserError(f"no training images in {d / 'train/good'}; put normal images there")
@@ -806,7 +814,6 @@ def read_dataset(root: Path) -> tuple[list[Sample], list[Sample]]:
         width, height = load_image(s.path).size
         if s.mask and load_image(s.mask, mask=True).size != (width, height):
             raise UserError(f"mask {s.mask} is not as large as its image ({width} x {height})")
-
     if not root.is_dir():
         raise UserError(f"--data {root}: no such folder")
     train, test = (read_visa if (root / "split_csv/1cls.csv").is_file() else read_mvtec)(root)
@@ -893,7 +900,6 @@ def ranking_metrics(kind: str, values: Tensor, positive: Tensor) -> dict[str, fl
         b, e = (limit - start).clamp(min=0), (limit - end).clamp(min=0)
         inside = torch.where(end > start, (b - e) / (end - start), 1)  # the part below the limit
         return (rise * inside * (b + e) / 2).sum().item()
-
     found = {f"{kind}-AUROC": area(rise / positives, 1.0),
              f"{kind}-AP": (rise * tp / flagged).sum().item() / positives,
              f"{kind}-F1max": (2 * tp / (flagged + positives)).max().item()}
@@ -911,13 +917,13 @@ def summarise(scores: Tensor, labels: np.ndarray, classes: np.ndarray, maps: Ten
     """All metrics by both protocols: {class: {}, ..., "class mean": {}, "pooled": {}}.
 
     pooled: all classes in one ranking, as one threshold sees them (absolute-unified).
-    class mean: a ranking per class, then the unweighted mean (model-unified); a class without good
+    class mean: a ranking per class, then the unweighted mean (model-unified), which allows each
+    class a threshold of its own, so that a difference in level costs nothing. A class without good
     or without defective images has no such metric and does not count.
     """
     def metrics(rows: np.ndarray) -> dict[str, float]:
         found = ranking_metrics("I", scores[rows], torch.from_numpy(labels[rows]) == 1)
         return found if masks is None else found | ranking_metrics("P", maps[rows], masks[rows])
-
     found = {c: metrics(np.flatnonzero(classes == c)) for c in sorted(set(classes))}
     pooled = metrics(np.arange(len(scores)))
     values = {m: [f[m] for f in found.values() if m in f] for m in pooled}
@@ -933,7 +939,8 @@ def report(cfg: Config, content: dict, samples: list[Sample], maps: dict[str, Te
     Returns the image scores and the metrics, by variant.
 
     content["thresholds"]: {variant: threshold} of those to draw, the last of which decides; layers:
-    more rows of plot_heatmaps().
+    more rows of plot_heatmaps(). No number here has been chosen by a test label, the maxima of F1
+    apart, which say what the best threshold would have been.
     """
     thresholds = content["thresholds"]
     out, (name, threshold) = Path(cfg.out), [*thresholds.items()][-1]
@@ -1060,8 +1067,7 @@ def read_command_line(argv: list[str] | None, config: type, description: str,
         root = Path(given.get("data") or next(d for d in folders if d.is_dir())).resolve()
         preset = config.DEMO if root == folders[2].resolve() else (
             config.VISA if (root / "split_csv/1cls.csv").is_file() else {})
-        print(f"data: {root}" + " (a small demo; real sets: see data/README.md)" *
-              (preset is config.DEMO), file=sys.stderr)
+        print(f"data: {root}; data/README.md tells where to get others", file=sys.stderr)
         return command, [], config(**preset | given | {"out": out, "data": str(root)}), {}
     free = {"out", "device", "workers", "batch_size", "cache",
             {"train": "", "eval": "data", "predict": "threshold"}[command]}
@@ -1090,10 +1096,10 @@ def choose_device(name: str) -> torch.device:
 
 
 def autocast(x: Tensor, dtype: torch.dtype) -> torch.autocast:
-    """Half precision on GPUs that have it, float32 elsewhere: not every CPU does. [ours] D19"""
-    able = x.is_cuda and (dtype != torch.bfloat16
-                          or torch.cuda.is_bf16_supported(including_emulation=False))
-    return torch.autocast("cuda", dtype, enabled=able)
+    """Half precision on GPUs that have it, float32 elsewhere: not every CPU does, and a V100 has no
+    bfloat16 of its own (False: an emulated one does not count). [ours] D18"""
+    able = dtype == torch.float16 or x.is_cuda and torch.cuda.is_bf16_supported(False)
+    return torch.autocast("cuda", dtype, enabled=x.is_cuda and able)
 # ==== end shared
 
 
@@ -1104,7 +1110,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         command, paths, cfg, content = read_command_line(argv, Config, __doc__)
         if command != "train" and "cnc" not in content.get("thresholds", {}):
-            raise UserError("no threshold of cnc.py in the checkpoint: end its training by --resume")
+            raise UserError("no threshold of cnc.py in the checkpoint: --resume its training")
         normal, test = ([], []) if paths else read_dataset(Path(cfg.data))
         detector = build(cfg, content)
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
