@@ -11,6 +11,12 @@ decoder so many kinds of patches that it reproduces anomalies too ("over-general
 guides the decoded features towards learnable prompts that mean "normal", whatever the class, and
 sends each patch through 2 of 5 experts, so that patches of different kinds disturb each other less.
 
+What the text does. Say the text finds an encoded patch abnormal: psi is near 0, the patch gets no
+promotion and keeps its full distance to the decoded one, which the constraint has moved towards
+"normal", away from it. A normal patch has psi of about 1/2 and more: both sides gain the same
+normal direction, so that what the decoder gets wrong about its texture counts for less. Text that
+means nothing does this at random, and costs nothing.
+
     image (B, 3, S, S)               "[V1]..[V4] object." "[V1]..[V4] damaged object." per tap
       |                                                     |
     Teacher, frozen CLIP image tower             PromptLearner, frozen CLIP text tower
@@ -436,9 +442,10 @@ class CNC(nn.Module):
     def __init__(self, cfg: Config) -> None:
         super().__init__()
         self.cfg, self.teacher, self.text = cfg, Teacher(cfg), None
-        # An image that is not square is squashed. [ours] D19
-        self.preprocess = open_clip.image_transform(
-            self.teacher.size, is_train=False, resize_mode="squash", interpolation="bicubic")
+        stored = getattr(self.teacher.clip.visual, "preprocess_cfg", {})  # of the weights' tag
+        self.preprocess = open_clip.image_transform(  # not square? squashed [ours] D19
+            self.teacher.size, False, stored.get("mean"), stored.get("std"), resize_mode="squash",
+            interpolation=stored.get("interpolation"))
         self.prompts = PromptLearner(self.teacher)
         self.student = Student(len(self.teacher.taps), self.teacher.width,
                                0 if cfg.no_moe else cfg.experts, cfg.top_k)

@@ -20,7 +20,6 @@ MASK_ALPHA = 0.15            # a pixel counts as changed where the defect is at 
 LARGE, SMALL = 0.33, 0.06    # share of the object that a patch-like defect covers
 Y, X = np.mgrid[:SIZE, :SIZE] - (SIZE - 1) / 2    # pixel centres, origin in the image centre
 EVERYWHERE = np.ones((SIZE, SIZE), bool)          # the object mask of a texture
-NOTE = f"Made by data/prepare.py\npython data/prepare.py {{}} --seed {SEED}\n{{}}\n"
 
 def cover(distance, soft=1.0):
     """Opacity of a shape given its signed distance (negative inside); soft=1 is anti-aliasing."""
@@ -291,7 +290,6 @@ def make_demo(root):
     """Draw the demo set (8 classes, 576 images)."""
     for name in CLASSES:
         write_class(root, name)
-    (root / "PREPARED.txt").write_text(NOTE.format("demo", "Procedurally drawn. MIT licence."))
 
 def make_elpv(root):
     """Lay out the solar cells (2 classes, 2,223 images); a quarter of the normal ones is tested."""
@@ -307,8 +305,7 @@ def make_elpv(root):
             (root / kind / split).mkdir(parents=True)
             for file in files:
                 (root / kind / split / file.name).write_bytes(file.read_bytes())
-    licence = "Licence: CC BY-NC-SA 4.0. Do not commit."
-    (root / "PREPARED.txt").write_text(NOTE.format("elpv", licence))
+    print("ELPV is licensed CC BY-NC-SA 4.0: non-commercial use only, never commit these images")
 
 def main():
     """Run one command; what the user can repair ends in one line and exit code 2."""
