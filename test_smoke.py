@@ -2,8 +2,7 @@
 on two CPU cores. `python test_smoke.py bench` measures instead.
 
 In four parts: the papers' methods, the metrics, the scripts as a user runs them, bad input. Scripts
-run on a made data set of two classes, with random teachers at 64 x 64: cada.py a ResNet-18, cnc.py
-its tiny CLIP. What both share is tested in cada.py, and that the copies are equal.
+run on a made data set of two classes; what both share is tested in cada.py.
 """
 import csv
 import json
@@ -223,8 +222,7 @@ def revdist() -> cada.RevDist:
 
 def test_gradients_of_revdist_reach_the_student_only(revdist):
     before = weights_of(revdist.teacher)
-    revdist.train()
-    revdist(revdist.teacher(random_images(4))).backward()
+    revdist.train()(revdist.teacher(random_images(4))).backward()
     assert all(p.grad is None and not p.requires_grad for p in revdist.teacher.parameters())
     assert all(p.grad is not None and p.grad.any() for p in revdist.student.parameters())
     assert same(before, revdist.teacher.state_dict())  # running statistics included
@@ -672,7 +670,6 @@ def test_two_processes_follow_the_mean_of_their_gradients(script, data, tmp_path
             more = {"warm_up": True} if script is cnc else {}
             (detector(detector.teacher(images[rank::2][rows]), **more) / 2).backward()
         optimizer.step()
-    assert len(learners) > 10
     for name, p in learners.items():
         assert_close(found[name], p.detach(), rtol=1e-3, atol=1e-5, msg=name)
 
@@ -731,8 +728,6 @@ TURNED[0x0112] = 6  # how the camera was held
 MODES = {  # {what: (image, suffix, the RGB pixels it must be read as)}
     "grey 16 bit png": (Image.fromarray(GRADIENT.astype(np.uint16) * 257), ".png",
                         np.repeat(GRADIENT[..., None], 3, axis=2)),
-    "black and white tiff": (Image.fromarray(GRADIENT > 99), ".TIFF",
-                             np.repeat((GRADIENT > 99)[..., None] * np.uint8(255), 3, axis=2)),
     "palette": (Image.new("P", (50, 40), 0), ".png", np.full((40, 50, 3), 0)),
     "rgba": (Image.fromarray(np.dstack([COLOURS, GRADIENT])), ".png", COLOURS),
     "turned": (Image.fromarray(np.rot90(COLOURS).copy()), ".png", COLOURS),
@@ -842,7 +837,6 @@ def test_train_writes_and_prints_what_it_says(script, trained):
         assert found["pooled"]["I-AUROC"] == pytest.approx(auroc(scores, labels))
         assert found["class mean"]["I-AUROC"] == pytest.approx(auroc(scores, labels, classes))
         assert re.search(rf"^class mean +{variant} ", done.stdout, re.M)
-    assert "threshold" in done.stdout
     assert "RANDOM" in done.stderr and "\r" not in done.stderr  # no progress bar in a pipe
 
 
@@ -941,8 +935,6 @@ def test_the_threshold_comes_from_images_that_were_kept_back(data, trained):
     maps = cada.score(cada.build(cfg, content), content, held)["cada"]
     assert content["thresholds"]["cada"] == pytest.approx(  # of two images, the larger
         cada.image_score(maps).max().item(), rel=1e-4)
-    cfg.seed = 1
-    assert cada.hold_out(cfg, normal) != (kept, held)
     cfg.holdout = 0
     assert cada.hold_out(cfg, normal)[1] == cada.hold_out(cfg, normal)[0] == normal
 
@@ -1272,21 +1264,18 @@ def bench_training(script, teacher: str, side: int, size: int, folder: Path) -> 
 
 
 PEAK = """
-import cada, sys, torch
-def of_process(key):  # Linux
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(key)) * 1024
-masks = torch.zeros(int(sys.argv[1]), 256, 256, dtype=torch.bool)
+import cada, resource, torch
+masks = torch.zeros(200, 256, 256, dtype=torch.bool)
 masks[::2, 100:140, 90:150] = True
-maps = torch.rand(masks.shape)
-before = of_process("VmRSS")
+maps, before = torch.rand(masks.shape), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 cada.ranking_metrics("P", maps, masks)
-print(f"{(of_process('VmHWM') - before) / maps.numel():.1f} bytes a pixel at the peak")
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(f"pixel metrics: {1024 * (after - before) / maps.numel():.1f} bytes a pixel at the peak")
 """
 
 
 def bench_metrics() -> None:
-    """80 maps of 256 x 256, half of them with a defect; and as many as VisA's test images."""
+    """80 maps of 256 x 256, half of them with a defect."""
     masks = torch.zeros(80, 256, 256, dtype=torch.bool)
     for i in range(0, 80, 2):
         masks[i, i:i + 40, 60:90] = masks[i, 200:220, 2 * i:2 * i + 20] = True
@@ -1297,11 +1286,7 @@ def bench_metrics() -> None:
                 sklearn=lambda: (roc_auc_score(pixels, flat),
                                  average_precision_score(pixels, flat)))
     print(f"scikit-learn's pixel AUROC and AP / all pixel metrics {t['sklearn'] / t['ours']:.1f}")
-    maps, masks = maps.repeat(28, 1, 1)[:2162], masks.repeat(28, 1, 1)[:2162]
-    began = time.perf_counter()
-    cada.ranking_metrics("P", maps, masks)
-    print(f"{maps.numel() / 1e6:.0f} M pixels: {time.perf_counter() - began:.1f} s", flush=True)
-    subprocess.run([sys.executable, "-c", PEAK, "200"], cwd=HERE)
+    subprocess.run([sys.executable, "-c", PEAK], cwd=HERE)
 
 
 if __name__ == "__main__":
