@@ -15,7 +15,7 @@ What the text does. Say the text finds an encoded patch abnormal: psi is near 0,
 promotion and keeps its full distance to the decoded one, which the constraint has moved towards
 "normal", away from it. A normal patch has psi of about 1/2 and more: both sides gain the same
 normal direction, so that what the decoder gets wrong about its texture counts for less. Text that
-means nothing does this at random, and costs nothing.
+means nothing does this at random, which costs a little.
 
     image (B, 3, S, S)               "[V1]..[V4] object." "[V1]..[V4] damaged object." per tap
       |                                                     |
