@@ -13,8 +13,8 @@ sends each patch through 2 of 5 experts, so that patches of different kinds dist
 
 What the text does. Say the text finds an encoded patch abnormal: psi is near 0, the patch gets no
 promotion and keeps its full distance to the decoded one, which the constraint has moved towards
-"normal", away from it. A normal patch has psi of about 1/2 and more: both sides gain the same
-normal direction, so that what the decoder gets wrong about its texture counts for less. Text that
+"normal", away from it. Normal patches have a psi around 1/2, most 0.2 to 0.8: both sides gain the
+same normal direction, so that what the decoder gets wrong about texture counts for less. Text that
 means nothing does this at random, which costs a little.
 
     image (B, 3, S, S)               "[V1]..[V4] object." "[V1]..[V4] damaged object." per tap
@@ -46,8 +46,7 @@ paper                                          here
   anomaly map M [paper]                          CNC.describe; image_score: [ours] D15
 
 Read it from the top: the method comes first, in the order in which an image passes through it,
-then training and evaluation. What follows, between `shared` banners, stands in cada.py letter for
-letter: data, metrics, report and command line.
+then training and evaluation. What stands between `shared` banners is in cada.py letter for letter.
 
     python cnc.py                                      train and evaluate; without data/mvtec and
                                                        data/visa on the small set in data/demo
@@ -116,7 +115,7 @@ class Config:
 
     data: str = ""  # data set folder; default: data/mvtec, else data/visa, else data/demo
     out: str = "runs/cnc"  # folder for everything that is written
-    seed: int = 0  # of weights, batches and dropout
+    seed: int = 0  # of weights, batches, hold-out and dropout
     device: str = "auto"  # where to run: cpu, cuda, mps, or auto: a GPU of NVIDIA's, else the CPU
     teacher: str = "ViT-L-14-336"  # frozen CLIP: an open_clip ViT [paper], or tiny, a small one
     #                                built here [ours] D3
@@ -125,7 +124,7 @@ class Config:
     #                      the teacher's patch; default: what it was made for, 336 [paper]
     taps: str = ""  # blocks of the teacher to reproduce, for instance 8,16,24; default: at one
     #                 third, two thirds and all of its depth [port]
-    batch_size: int = 8  # images a training step [paper]
+    batch_size: int = 8  # images a training step [paper], of torchrun's processes together
     epochs: int = 250  # passes over the training images [paper]; 200 on VisA (raw archive)
     lr: float = 1e-3  # Adam learning rate [paper]
     experts: int = 5  # experts of the gated mixture [paper]
@@ -139,7 +138,7 @@ class Config:
     #                              prompts still learn if the promotion needs them) [ours] D9
     holdout: float = 0.1  # share of the training images kept back for the threshold; 0: none
     quantile: float = 0.99  # share of normal images that the threshold shall let pass [ours] D1
-    threshold: float = 0.0  # of predict, if not the checkpoint's
+    threshold: float = None  # of predict, above 0, if not the checkpoint's
     cache: str = "on"  # on: the teacher's features of the training images are computed once, into
     #                    an unnamed file in --out; off: anew in every step [ours] D2
     workers: int = 4  # processes that read images, at most one a CPU core
@@ -150,12 +149,13 @@ class Config:
     def __post_init__(self) -> None:
         """Raise UserError for a value that cannot work."""
         for name, fits in {
-                "epochs": self.epochs > 0, "batch_size": self.batch_size > 0, "lr": self.lr > 0,
-                "seed": self.seed >= 0, "workers": self.workers >= 0, "quantile": 0 < self.quantile,
+                "epochs": self.epochs > 0, "seed": self.seed >= 0, "workers": self.workers >= 0,
+                "batch_size": self.batch_size > 0 == self.batch_size % COUNT,
                 "tau": self.tau > 0, "theta": self.theta >= 0,
                 "image_size": self.image_size >= 0, "top_k": 0 < self.top_k <= self.experts,
                 "taps": re.fullmatch(r"(\d+(,\d+)*)?", self.taps), "holdout": 0 <= self.holdout < 1,
-                "cache": self.cache in ("on", "off")}.items():
+                "lr": self.lr > 0, "threshold": self.threshold is None or self.threshold > 0,
+                "quantile": 0 < self.quantile <= 1, "cache": self.cache in ("on", "off")}.items():
             if not fits:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: see --help")
 
@@ -424,8 +424,8 @@ def promote(v: Tensor, psi: Tensor, text: Tensor) -> Tensor:
 
     v: unit vectors (taps, B, N, D), psi (taps, B, N) in 0..1, text (taps, 2, D). Returns
     (taps, B, N, D), not normalised. Encoded and decoded patch gain the same, so that the angle
-    between them shrinks, the more the more normal the text finds the patch; one that it finds
-    abnormal keeps its distance. That it exists is [paper], the form [ours] D13.
+    between them mostly shrinks, the more the more normal the text finds the patch; one that it
+    finds abnormal keeps its distance. That it exists is [paper], the form [ours] D13.
     """
     return v + psi[..., None] * (text[:, 0] - text[:, 1])[:, None, None]
 
@@ -482,7 +482,7 @@ class CNC(nn.Module):
     def margin(self, v: Tensor, text: Tensor) -> Tensor:
         """<v, t_n - t_a>: how much nearer to the normal text, (taps, B, N, D) -> (taps, B, N).
 
-        No matmul: bf16 and TF32 would round it to three digits, and tau asks for more.
+        No matmul: bf16 and TF32 would round it once more to three digits, and tau asks for more.
         """
         return (v * (text[:, 0] - text[:, 1])[:, None, None]).sum(-1)
 
@@ -495,8 +495,8 @@ class CNC(nn.Module):
         """
         self.prompts.steps += 1
         found = torch.std_mean(self.margin(e, text), dim=(1, 2), correction=0, keepdim=True)
-        for mean, now in zip((self.prompts.spread, self.prompts.centre), found):
-            mean.lerp_(now, 1 / self.prompts.steps)
+        for kept, now in zip((self.prompts.spread, self.prompts.centre), found):
+            kept.lerp_(now, 1 / self.prompts.steps)
 
     def psi(self, e: Tensor, text: Tensor) -> Tensor:
         """The cross-modal control coefficient of encoded patches, (taps, B, N, D) -> (taps, B, N)
@@ -519,13 +519,14 @@ class CNC(nn.Module):
 
         [paper] target, [ours] D10 form. With two texts that cross entropy is softplus(-margin /
         tau); at tau = 0.001 a hinge: nothing where the margin is above the average, a slope of
-        1 / tau below. Times tau, the slope is 1, about that of the distillation, for every tau.
+        1 / tau below. Times tau, the slope is 1, about that of the distillation.
         """
         lack = self.prompts.centre - self.margin(v, text)
         return self.cfg.tau * F.softplus(lack / self.cfg.tau).mean()
 
     def forward(self, features: list[Tensor], warm_up: bool = False) -> Tensor:
-        """The loss: L = L_distillation + tau L_constraint + 0.01 L_balance, a scalar.
+        """The loss: L = L_distillation + tau L_constraint + 0.01 L_balance, a scalar; plus
+        |text - start|^2 in the warm-up.
 
         In the warm-up the constraint reads *encoded* patches and teaches the prompts to find all
         normal patches alike, held back by their distance to the words they started as; after it,
@@ -597,15 +598,15 @@ def hold_out(cfg: Config, samples: list[Sample]) -> tuple[list[Sample], list[Sam
     """Normal images to train on, and those kept back, at random, for the threshold: the decoder
     knows the former too well. With --holdout 0 both are all, as in the papers. [ours] D1"""
     order = np.random.default_rng(cfg.seed).permutation(len(samples)).tolist()
-    n = round(cfg.holdout * len(samples))
+    n = min(round(cfg.holdout * len(samples)), len(samples) - 1)
     kept, held = ([samples[i] for i in sorted(part)] for part in (order[n:], order[:n]))
     return kept, held or kept
 
 
 def threshold(cfg: Config, maps: Tensor) -> float:
     """The conformal threshold: the ceil((n + 1) q)-th smallest of the scores of n normal images, or
-    the largest. A new normal image lies above with a probability of at most 1 - q, if n allows.
-    No test image has touched it. [ours] D1"""
+    the largest. A new normal image lies above with a probability of at most 1 - q, if n allows and
+    nothing has learned from these n (CADA's statistics have, a little). [ours] D1"""
     scores, rank = image_score(maps).sort().values, math.ceil((len(maps) + 1) * cfg.quantile)
     return scores[min(rank, len(scores)) - 1].item()
 
@@ -645,13 +646,15 @@ def train_detector(detector: CNC, samples: list[Sample], content: dict) -> dict:
     step counts.
     """
     cfg, share, phase = detector.cfg, samples[RANK::COUNT], None
+    step, epoch = content.get("step", 0), len(samples) / cfg.batch_size
+    steps = max(1, round(cfg.epochs * epoch))
+    if step == steps:  # trained already: no features are needed
+        return {} if RANK else content
     if detector.teacher.random and not content:  # of all images: the same in every process
         detector.teacher.estimate_statistics(image_batches(detector, samples))
     features = teacher_features(detector, share)
     parameters = [*detector.student.parameters(), *detector.prompts.parameters()]
     optimizer = torch.optim.Adam(parameters, cfg.lr, fused=True)  # Adam: [paper]; fused: faster
-    step, epoch = content.get("step", 0), len(samples) / cfg.batch_size
-    steps = max(1, round(cfg.epochs * epoch))
     if content:
         optimizer.load_state_dict(content["optimizer"])
     if COUNT > 1:
@@ -697,7 +700,7 @@ def train(detector: CNC, samples: list[Sample], content: dict) -> dict:
 
 
 # ---- evaluation ----------------------------------------------------------------------------------
-# Okabe and Ito's colours, one an expert, again from the first if there are more.
+# Okabe and Ito's colours, one an expert; the fifth for all after it, too.
 COLOURS = ListedColormap(["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9"])
 
 
@@ -991,7 +994,7 @@ def plot_heatmaps(path: Path, samples: list[Sample], masks: Tensor | None, layer
         images = {i: load_image(samples[i].path).resize((160, 160)) for i in shown.values()}
         truth = {"ground truth": (masks, 0, 1, "gray")} if label and masks is not None else {}
         lines += [(shown, *line) for line in (
-            {f"{kind} image": (images, 0, 255, "gray")} | truth | layers).items()]
+            {f"{kind} image": (images, 0, 255, "gray")} | truth | layers).items() if shown]
     figure = Figure(figsize=(1.3 * len(classes) + 2, 1.3 * len(lines) + 0.3), layout="constrained")
     axes = figure.subplots(len(lines), len(classes), squeeze=False)
     for cells, (shown, name, (maps, low, high, colours)) in zip(axes, lines):
@@ -1059,10 +1062,10 @@ def read_command_line(argv: list[str] | None, config: type, description: str,
     comments = dict(re.findall(r"^    (\w+): .*?#(.*\n(?: +#.*\n)*)", getsource(config), re.M))
     for f in fields(config):
         kind = {"type": {"int": int, "float": float}.get(f.type, str)}
-        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
-                            help=re.sub(r"[\s#]+", " ", comments[f.name]).replace("%", "%%") +
-                            f"(default: {f.default})" * (str(f.default) not in ("", "False")),
-                            **{"action": "store_true"} if f.type == "bool" else kind)
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=(
+            re.sub(r"[\s#]+", " ", comments[f.name]).replace("%", "%%") +
+            f"(default: {f.default})" * (str(f.default) not in ("", "False", "None"))),
+            **{"action": "store_true"} if f.type == "bool" else kind)
     given = {"resume": False, "base": None} | vars(parser.parse_intermixed_args(argv))
     command, paths, resume, _ = (given.pop(k) for k in ("command", "paths", "resume", "base"))
     if command not in ("train", "eval", "predict") or bool(paths) != (command == "predict"):
@@ -1076,11 +1079,11 @@ def read_command_line(argv: list[str] | None, config: type, description: str,
             config.VISA if (root / "split_csv/1cls.csv").is_file() else {})
         print(f"data: {root}; data/README.md tells where to get others", file=sys.stderr)
         return command, [], config(**preset | given | {"out": out, "data": str(root)}), {}
-    free = {"out", "device", "workers", "batch_size", "cache",
-            {"train": "", "eval": "data", "predict": "threshold"}[command]}
+    free = {"out", "device", "workers", "cache", *{  # a batch of another size: another training
+        "train": "", "eval": "batch_size data", "predict": "batch_size threshold"}[command].split()}
     for name in given.keys() - free:
         raise UserError(f"--{name.replace('_', '-')}: comes from {path}; drop it, or train anew")
-    out = {"out": Config.out if command == "train" and not resume else os.path.dirname(path)}
+    out = {"out": Config.out if command == "train" and not resume else str(Path(path).parent)}
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         return command, paths, config(**content["config"] | out | given), content
@@ -1125,10 +1128,10 @@ def main(argv: list[str] | None = None) -> int:
             content = train(detector, normal, content)
         if paths:
             write_predictions(cfg, content, paths, lambda samples: score(detector, samples)[0])
-        elif not test:
-            print(f"no test images, so nothing to evaluate; checkpoint in {cfg.out}")
-        elif content:  # {} in all but the first process of torchrun
+        elif content and test:  # {} in all but the first process of torchrun
             report(cfg, content, test, *score(detector, test))
+        elif content:
+            print(f"no test images, so nothing to evaluate; checkpoint in {cfg.out}")
         return 0
     except (UserError, OSError, KeyboardInterrupt) as e:
         told = str(e) or "interrupted; --resume goes on from the last checkpoint, if there is one"
