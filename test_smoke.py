@@ -970,7 +970,7 @@ def test_data_may_lack_masks_or_a_kind_of_images_or_known_classes(tree, visa, tr
     expected = results(trained[cada].out)["cada"]["pooled"]
     assert results(out)["cada"]["pooled"] == {k: v for k, v in expected.items() if k[0] == "I"}
     shutil.rmtree(tree / "a/test/good")
-    shutil.rmtree(tree / "b/test/hole")
+    shutil.rmtree(tree / "b/test/good")
     assert run(cada, *words, tree) == 0 and results(out)["cada"]["a"] == {}
     assert run(cada, *words, visa) == 0
     assert list(results(out)) == ["raw", "cada"]  # no oracle
@@ -1116,15 +1116,15 @@ BAD_WORDS = {  # command line: what the one line says, if not the last word
     cada: {
         "explain": "predict", "train data/mvtec": 0, "predict": 0, "--frobnicate 3": "--frobnicate",
         "--iters ten": 0, "--iters 0": 0, "--batch-size -4": 0, "--lr nan": 0, "--seed -1": 0,
-        "--quantile 0": 0, "--image-size 100": 0, "--holdout 1": 0, "--cache tape": 0,
+        "--quantile 9": 0, "--image-size 100": 0, "--holdout 1": 0, "--cache tape": 0,
         "--loss mse": 0, "--base unet": "cnc", "--base cnc --iters 3": "--iters",
         "DATA --device abacus": "--device abacus", "DATA --teacher vgg16": "--teacher vgg16",
         "DATA --weights IMAGENET1K_V9": "--weights IMAGENET1K_V9",
         "DATA --weights MALICIOUS": "malicious.pt", "predict x.png MALICIOUS": "malicious.pt",
         "--checkpoint nowhere.pt": 0, "--resume": "checkpoint.pt", "eval": "checkpoint.pt",
-        "predict nowhere.png TRAINED": "nowhere.png", "predict EMPTY TRAINED": "no images",
-        "eval --image-size 96 TRAINED": "--image-size", "eval --batch-size 0 TRAINED": "--batch",
-        "predict x.png --data DATA TRAINED": "--data", "--resume --iters 8 TRAINED": "--iters",
+        "predict no.png TRAINED": "no.png", "predict EMPTY TRAINED": "no images",
+        "eval --iters 96 TRAINED": "--iters", "predict x.png --threshold 0 TRAINED": "--threshold",
+        "predict x.png --data DATA TRAINED": "--data", "--resume --batch-size 8 TRAINED": "--batch",
         "eval OTHER": "--base", "eval --base cnc OTHER": "no CADA"},
     cnc: {
         "--epochs 0": 0, "--taps two,4": 0, "--top-k 6": 0, "--experts 0": "--top-k",
