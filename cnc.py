@@ -161,56 +161,6 @@ class Config:
 
 
 # ---- frozen teacher: CLIP ------------------------------------------------------------------------
-# A CLIP that needs no download: random weights from a seed, small enough for a CPU. [ours] D3
-TINY = {"embed_dim": 192,
-        "vision_cfg": {"image_size": 128, "patch_size": 16, "width": 192, "layers": 6},
-        "text_cfg": {"context_length": 32, "width": 128, "heads": 2, "layers": 3}}
-
-
-def load_clip(name: str, weights: str, size: int) -> tuple[nn.Module, Callable]:
-    """A CLIP and its tokenizer: built here (tiny) or by open_clip, random or with --weights.
-
-    Raises UserError for weights that cannot be had or do not fit, and for a CLIP that is not a
-    plain ViT with a CLS token and a text tower of CLIP's kind.
-    """
-    logging.disable(logging.CRITICAL)  # open_clip logs what we report ourselves
-    try:
-        if name == "tiny":
-            vision = TINY["vision_cfg"] | ({"image_size": size} if size else {})
-            clip = open_clip.CLIP(**TINY | {"vision_cfg": vision})
-            clip.visual.positional_embedding.data *= 0.3  # drawn at full size, it outweighs texture
-            nn.init.orthogonal_(clip.visual.proj)  # the joint space keeps cosines
-            if weights != "none":
-                open_clip.load_checkpoint(clip, weights)
-            tokenizer = open_clip.SimpleTokenizer(context_length=TINY["text_cfg"]["context_length"])
-        else:
-            clip = open_clip.create_model(
-                name, None if weights == "none" else weights, force_image_size=size or None,
-                force_quick_gelu=quick_gelu(name, weights), pretrained_text=False)
-            tokenizer = open_clip.get_tokenizer(name)
-        plain = getattr(clip.visual, "attn_pool", True) is None and clip.visual.pool_type == "tok"
-        if not plain or not isinstance(tokenizer, open_clip.SimpleTokenizer):
-            raise ValueError("not a plain ViT with a CLS token and a text tower of CLIP's kind")
-        return clip, tokenizer
-    except Exception as e:  # a failed download, a broken file, an unknown name: many kinds
-        raise UserError(f"--teacher {name} --weights {weights}: {str(e)[:200]}; give tiny or a ViT "
-                        "of open_clip's, as ViT-B-16, and a tag or file of its weights, or none")
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-def quick_gelu(name: str, weights: str) -> bool:
-    """Whether the weights were trained with QuickGELU, x * sigmoid(1.702 x), as OpenAI's were.
-
-    Plain GELU in its place would run, and be a little wrong in every block. open_clip knows it of
-    each tag. Of a file nobody knows; it counts as QuickGELU when all published weights of that
-    name are. Else the name decides: ViT-B-32-quickgelu for a file of OpenAI's ViT-B-32.
-    """
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    tags = [weights] if weights in tags else tags
-    return bool(tags) and all(open_clip.get_pretrained_cfg(name, t).get("quick_gelu") for t in tags)
-
-
 class Teacher(nn.Module):
     """CLIP, both towers: no gradients into its weights, always in eval mode. [paper]
 
@@ -293,6 +243,56 @@ class Teacher(nn.Module):
         learned head under a cosine loss may collapse: mapping all to one vector makes it zero.
         """
         return F.normalize(self.clip.visual.ln_post(tokens) @ self.clip.visual.proj, dim=-1)
+
+
+# A CLIP that needs no download: random weights from a seed, small enough for a CPU. [ours] D3
+TINY = {"embed_dim": 192,
+        "vision_cfg": {"image_size": 128, "patch_size": 16, "width": 192, "layers": 6},
+        "text_cfg": {"context_length": 32, "width": 128, "heads": 2, "layers": 3}}
+
+
+def load_clip(name: str, weights: str, size: int) -> tuple[nn.Module, Callable]:
+    """A CLIP and its tokenizer: built here (tiny) or by open_clip, random or with --weights.
+
+    Raises UserError for weights that cannot be had or do not fit, and for a CLIP that is not a
+    plain ViT with a CLS token and a text tower of CLIP's kind.
+    """
+    logging.disable(logging.CRITICAL)  # open_clip logs what we report ourselves
+    try:
+        if name == "tiny":
+            vision = TINY["vision_cfg"] | ({"image_size": size} if size else {})
+            clip = open_clip.CLIP(**TINY | {"vision_cfg": vision})
+            clip.visual.positional_embedding.data *= 0.3  # drawn at full size, it outweighs texture
+            nn.init.orthogonal_(clip.visual.proj)  # the joint space keeps cosines
+            if weights != "none":
+                open_clip.load_checkpoint(clip, weights)
+            tokenizer = open_clip.SimpleTokenizer(context_length=TINY["text_cfg"]["context_length"])
+        else:
+            clip = open_clip.create_model(
+                name, None if weights == "none" else weights, force_image_size=size or None,
+                force_quick_gelu=quick_gelu(name, weights), pretrained_text=False)
+            tokenizer = open_clip.get_tokenizer(name)
+        plain = getattr(clip.visual, "attn_pool", True) is None and clip.visual.pool_type == "tok"
+        if not plain or not isinstance(tokenizer, open_clip.SimpleTokenizer):
+            raise ValueError("not a plain ViT with a CLS token and a text tower of CLIP's kind")
+        return clip, tokenizer
+    except Exception as e:  # a failed download, a broken file, an unknown name: many kinds
+        raise UserError(f"--teacher {name} --weights {weights}: {str(e)[:200]}; give tiny or a ViT "
+                        "of open_clip's, as ViT-B-16, and a tag or file of its weights, or none")
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def quick_gelu(name: str, weights: str) -> bool:
+    """Whether the weights were trained with QuickGELU, x * sigmoid(1.702 x), as OpenAI's were.
+
+    Plain GELU in its place would run, and be a little wrong in every block. open_clip knows it of
+    each tag. Of a file nobody knows; it counts as QuickGELU when all published weights of that
+    name are. Else the name decides: ViT-B-32-quickgelu for a file of OpenAI's ViT-B-32.
+    """
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    tags = [weights] if weights in tags else tags
+    return bool(tags) and all(open_clip.get_pretrained_cfg(name, t).get("quick_gelu") for t in tags)
 
 
 # ---- class-agnostic prompts ----------------------------------------------------------------------
