@@ -335,7 +335,7 @@ class CADA:
 
     def direction(self, features: Tensor) -> Tensor:
         """(N, C) -> unit vectors (N, C): standardised, or the largest channels would decide alone;
-        and without length, so that the size of a defect cannot move an image far. [ours] D6"""
+        and without length, so that the size of a defect counts for less. [ours] D6"""
         return F.normalize((features - self.mean) / self.std)
 
     def predict(self, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -354,7 +354,7 @@ def implicit_classes(x: np.ndarray, statistics: np.ndarray, seed: int) -> KMeans
     the smallest k that explains 99 % of what any explains. But where none explains half of the
     variance, features do not tell how normal maps differ, and had better leave them alone: k = 1.
 
-    It errs towards too many clusters, where a defect may look like another centre. The silhouette,
+    Else it errs towards too many clusters, where a defect may look like another centre. The silhouette,
     which knows nothing of maps, errs the other way: of classes in groups it finds the groups.
     """
     rows = np.random.default_rng(seed).permutation(len(x))[:2000]
@@ -794,7 +794,7 @@ def summarise(scores: Tensor, labels: np.ndarray, classes: np.ndarray, maps: Ten
 # ==== shared: report
 def report(cfg: Config, content: dict, samples: list[Sample], maps: dict[str, Tensor],
            layers: dict) -> tuple[dict, dict]:
-    """Write and print how well smoothed maps {variant: (N, S, S)} tell good from defective samples.
+    """Write and print how well maps {variant: (N, S, S)} tell good from defective samples.
     Returns the image scores and the metrics, by variant.
 
     content["thresholds"]: {variant: threshold} of those to draw, the last of which decides; layers:
@@ -865,7 +865,7 @@ def write_predictions(cfg: Config, content: dict, paths: list[str], score: Calla
     threshold the hottest, in every image: one fixed scale.
     """
     variant, threshold = [*content["thresholds"].items()][-1]
-    threshold = cfg.threshold or threshold
+    threshold, cfg.workers = cfg.threshold or threshold, 0  # a process an image would cost more
     files = [p for path in map(Path, paths)
              for p in (images_in(path, "**/*") if path.is_dir() else [path])]
     if not files:
@@ -950,7 +950,7 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
-        torch.backends.cudnn.deterministic = True  # convolutions repeat; attention need not
+        torch.backends.cudnn.deterministic = True  # convolutions repeat; not all else does
     return torch.device(name)
 
 

@@ -945,7 +945,7 @@ def summarise(scores: Tensor, labels: np.ndarray, classes: np.ndarray, maps: Ten
 # ==== shared: report
 def report(cfg: Config, content: dict, samples: list[Sample], maps: dict[str, Tensor],
            layers: dict) -> tuple[dict, dict]:
-    """Write and print how well smoothed maps {variant: (N, S, S)} tell good from defective samples.
+    """Write and print how well maps {variant: (N, S, S)} tell good from defective samples.
     Returns the image scores and the metrics, by variant.
 
     content["thresholds"]: {variant: threshold} of those to draw, the last of which decides; layers:
@@ -1016,7 +1016,7 @@ def write_predictions(cfg: Config, content: dict, paths: list[str], score: Calla
     threshold the hottest, in every image: one fixed scale.
     """
     variant, threshold = [*content["thresholds"].items()][-1]
-    threshold = cfg.threshold or threshold
+    threshold, cfg.workers = cfg.threshold or threshold, 0  # a process an image would cost more
     files = [p for path in map(Path, paths)
              for p in (images_in(path, "**/*") if path.is_dir() else [path])]
     if not files:
@@ -1101,7 +1101,7 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
-        torch.backends.cudnn.deterministic = True  # convolutions repeat; attention need not
+        torch.backends.cudnn.deterministic = True  # convolutions repeat; not all else does
     return torch.device(name)
 
 
