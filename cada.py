@@ -354,8 +354,8 @@ def implicit_classes(x: np.ndarray, statistics: np.ndarray, seed: int) -> KMeans
     the smallest k that explains 99 % of what any explains. But where none explains half of the
     variance, features do not tell how normal maps differ, and had better leave them alone: k = 1.
 
-    Else it errs towards too many clusters, where a defect may look like another centre. The silhouette,
-    which knows nothing of maps, errs the other way: of classes in groups it finds the groups.
+    Else it errs towards too many clusters, where a defect may look like another centre. The
+    silhouette, blind to maps, errs the other way: of classes in groups it finds the groups.
     """
     rows = np.random.default_rng(seed).permutation(len(x))[:2000]
     sample, (u, gamma) = x[rows], statistics[rows].T
