@@ -57,7 +57,7 @@ then training and evaluation. What stands between `shared` banners is in cada.py
     torchrun --nproc-per-node=N cnc.py ...             train on N GPUs
     python cada.py --base cnc                          one threshold for all classes (cada.py)
 
-Measured on the demo set: tiny random CLIP, about 2 minutes a run on 2 CPU cores, seeds 0-2, in %,
+Measured on the demo set: tiny random CLIP, about a minute a run on 2 CPU cores, seeds 0-2, in %,
 class-mean I-AUROC / P-AUROC: 90.1 +- 0.4 / 93.5 +- 0.9, plain reverse distillation 89.4 +- 1.3 /
 93.8 +- 0.4; pooled I-AUROC 86.5 +- 1.5 against 82.5 +- 5.1. A random teacher's text means nothing;
 made to mean "damaged" it gains: 93.9 / 96.8 where no text has 90.1 / 93.9. This proves the
@@ -121,7 +121,7 @@ class Config:
     #                                built here [ours] D3
     weights: str = "openai"  # its weights: open_clip tag, local file, or none (random) [paper]
     image_size: int = 0  # sides of the square that images are squashed to, in pixels, a multiple of
-    #                      the teacher's patch; default: what it was made for, 336 [paper]
+    #                      the teacher's patch; 0: what it was made for, 336 [paper]
     taps: str = ""  # blocks of the teacher to reproduce, for instance 8,16,24; default: at one
     #                 third, two thirds and all of its depth [port]
     batch_size: int = 8  # images a training step [paper], of torchrun's processes together
@@ -142,8 +142,8 @@ class Config:
     cache: str = "on"  # on: the teacher's features of the training images are computed once, into
     #                    an unnamed file in --out; off: anew in every step [ours] D2
     workers: int = 4  # processes that read images, at most one a CPU core
-    checkpoint: str = ""  # what eval, predict and --resume read (default: checkpoint.pt in --out),
-    #                       and a training goes on from
+    checkpoint: str = ""  # what eval, predict and --resume read (default: checkpoint.pt in --out);
+    #                       if given without --resume, what a training starts from
     resume: bool = False  # go on with an interrupted training
 
     def __post_init__(self) -> None:
@@ -1082,7 +1082,7 @@ def read_command_line(argv: list[str] | None, config: type, description: str,
     free = {"out", "device", "workers", "cache", *{  # a batch of another size: another training
         "train": "", "eval": "batch_size data", "predict": "batch_size threshold"}[command].split()}
     for name in given.keys() - free:
-        raise UserError(f"--{name.replace('_', '-')}: comes from {path}; drop it, or train anew")
+        raise UserError(f"--{name.replace('_', '-')}: comes from {path}; drop it")
     out = {"out": Config.out if command == "train" and not resume else str(Path(path).parent)}
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -1131,7 +1131,7 @@ def main(argv: list[str] | None = None) -> int:
         elif content and test:  # {} in all but the first process of torchrun
             report(cfg, content, test, *score(detector, test))
         elif content:
-            print(f"no test images, so nothing to evaluate; checkpoint in {cfg.out}")
+            print(f"no test images, so nothing to evaluate; thresholds {content['thresholds']}")
         return 0
     except (UserError, OSError, KeyboardInterrupt) as e:
         told = str(e) or "interrupted; --resume goes on from the last checkpoint, if there is one"
