@@ -1,15 +1,16 @@
 r"""CADA: one detector, one threshold, no class labels (arXiv:2404.00724), on RevDist (2201.10703).
 
 Guo, Han, Lu, Zhang, Li. Absolute-Unified Multi-Class Anomaly Detection via Class-Agnostic
-Distribution Alignment, 2024. A reconstruction from public facts; every choice says where it comes
-from: [paper] stated there, [author] in public code of its first author, [ours] Dn a reading of
-ours, the n-th in the README's list of departures.
+Distribution Alignment, 2024. This is a reconstruction from public facts, and every choice says
+where it comes from: [paper] is stated there, [author] was seen in public code of its first author,
+[ours] is a reading of ours. D1, D2, ... number these readings in the README's list of departures.
 
-The idea. A detector trained on many classes scores each class on a level of its own: a normal
-granite slab scores higher than a torn wire grid. So no single threshold can serve, and to rank all
-images together is hopeless. CADA looks at the image, predicts which mean u and which maximum gamma
-the anomaly maps of *normal* images of its kind have, and rescales the map by them. No class label
-is used in training or at test. The detector is not changed, so nearly any will do.
+The idea. A detector that was trained on many classes scores each of them on a level of its own: a
+normal slab of granite scores higher than a torn wire grid. So no single threshold can serve all
+classes, and a ranking of all images together is hopeless. CADA looks at the image and predicts two
+numbers: the mean u and the maximum gamma that anomaly maps of *normal* images of its class have.
+It then rescales the map by them. No class label is used, neither in training nor at test. The
+detector is not changed, so nearly any detector will do.
 
     image (B, 3, S, S)
       |
@@ -24,126 +25,157 @@ is used in training or at test. The detector is not changed, so nearly any will 
                                                                         |
                                     Gaussian blur, mean of the highest 1 % ---> image score (B,)
 
-paper                                        here
-  RevDist, the base detector [paper]           Teacher, Student, RevDist
-  cosine loss per flattened layer [author]     RevDist.forward
-  anomaly map A [author]                       RevDist.describe
-  prediction of (u, gamma) [paper]             CADA.fit, CADA.predict; [ours] D5
-  alignment A' [author]                        normalise
-  Fig. 4(a): label known (oracle)              train, score [ours] D7
-  absolute-unified evaluation [paper]          "pooled" in summarise
+From paper to code:
 
-Read it from the top: the method comes first, in the order in which an image passes through it,
-then training and evaluation. What stands between `shared` banners is in cnc.py letter for letter.
+    RevDist, the base detector [paper]           Teacher, Student, RevDist
+    cosine loss per flattened layer [author]     RevDist.forward
+    anomaly map A [author]                       RevDist.describe
+    prediction of (u, gamma) [paper]             CADA.fit, CADA.predict; their form: [ours] D5
+    alignment A' [author]                        normalise
+    Fig. 4(a), labels known: the "oracle"        align, aligned_maps; [ours] D7
+    absolute-unified evaluation [paper]          the rows "pooled" of summarise
+
+Read it from the top. The method comes first, in the order in which an image passes through it;
+then come training and evaluation, and after them what every such script needs. Sections between
+`shared` banners stand in cnc.py letter for letter.
 
     python cada.py                                     train and evaluate; without data/mvtec and
                                                        data/visa on the small set in data/demo
     python cada.py --data DIR                          on MVTec AD, VisA, or a tree of your own
     python cada.py eval --checkpoint FILE              the same numbers again
-    python cada.py predict --checkpoint FILE PATH ...  score images, write heat maps
-    python cada.py --base cnc [--checkpoint FILE]      on top of CNC (cnc.py), trained or to train
+    python cada.py predict PATH ... --checkpoint FILE  score images, write heat maps
+    python cada.py --base cnc [--checkpoint FILE]      on CNC (cnc.py), trained already or to train
     torchrun --nproc-per-node=N cada.py ...            train on N GPUs
-
-Measured on the demo set: random ResNet-18, 2 CPU cores, about a minute a run, seeds 0-2, I-AUROC
-in %: pooled raw 66.7 +- 1.3, CADA 80.9 +- 2.8, label oracle 80.9 +- 2.9; class mean 82.5 +- 2.1,
-82.3 +- 1.6, 82.5 +- 2.1; on CNC, pooled raw 86.5 +- 1.5, CADA and oracle 90.0 +- 1.3. MVTec AD,
-VisA and a GPU: not run here. ELPV, where it leaves maps alone, and all trials: data/RESULTS.md.
 """
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import math
 import os
-import re
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from inspect import getsource
-from itertools import product
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
+import tyro
 from matplotlib import colormaps
+from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from scipy import ndimage
-from sklearn.cluster import KMeans
 from torch import Tensor, distributed, nn
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler
+from torch.utils.data import DataLoader
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.transforms import Compose, Normalize, Resize, ToTensor
 from tqdm import tqdm
+from tyro.conf import Positional
 
 HERE = Path(__file__).resolve().parent
-RANK, COUNT = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun's
+
+
+# ==== shared: words used throughout
+@dataclass(frozen=True)
+class Sample:
+    """One image of a data set. `cls` serves the report and the oracle only: no model sees it."""
+
+    path: Path
+    cls: str = ""
+    label: int = 0  # 1 is anomalous; told by the folder, since a resized mask may lose a defect
+    mask: Path | None = None
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. main() prints its one line and ends with exit code 2."""
+
+
+def autocast(x: Tensor, dtype: torch.dtype) -> torch.autocast:
+    """A context in which matrix products and convolutions run in half precision, where x is on a
+    GPU that is able to. [ours] D18
+
+    Elsewhere it does nothing: not every CPU has a fast half precision, and a V100 only emulates
+    bfloat16 (which is what the argument False leaves out).
+    """
+    able = dtype == torch.float16 or torch.cuda.is_bf16_supported(False)
+    return torch.autocast("cuda", dtype, enabled=x.is_cuda and able)
+# ==== end shared
 
 
 # ---- settings ------------------------------------------------------------------------------------
 @dataclass
 class Config:
-    """Every setting is a flag, and the comment beside it is what --help says.
+    """Train and evaluate CADA on RevDist, evaluate a checkpoint again, or score images with it.
 
-    The defaults are for MVTec AD and VisA: RevDist as CADA's first author trains it in public code,
-    written for a sibling model [author].
+    The defaults are for MVTec AD and VisA. They train RevDist as CADA's first author trains it in
+    public code, which was written for a sibling model [author]. On data/demo a smaller teacher and
+    fewer steps replace them. With a checkpoint, its settings are the defaults instead.
     """
 
-    # What replaces the defaults on the demo set, so that two CPU cores do it in minutes. [ours] D3
-    DEMO = {"teacher": "resnet18", "weights": "none", "image_size": 128, "iters": 200, "workers": 0}
-    VISA = {}  # as on MVTec AD
-    data: str = ""  # data set folder; default: data/mvtec, else data/visa, else data/demo
+    # train (and evaluate), evaluate a checkpoint, or predict: score images of unknown label
+    command: Positional[Literal["train", "eval", "predict"]] = "train"
+    paths: Positional[tuple[str, ...]] = ()  # for predict: images, or folders of images
+    data: str = ""  # data set folder; if not given: data/mvtec, else data/visa, else data/demo
     out: str = "runs/cada"  # folder for everything that is written
-    seed: int = 0  # of weights, batches, hold-out and CADA's clusters
-    device: str = "auto"  # where to run: cpu, cuda, mps, or auto: a GPU of NVIDIA's, else the CPU
-    teacher: str = "wide_resnet50_2"  # frozen torchvision ResNet; the default is RD's
-    weights: str = "IMAGENET1K_V1"  # its weights: torchvision tag, local file, or none (random)
-    image_size: int = 256  # sides of the square that images are squashed to, in pixels, a multiple
-    #                        of 32, since the one-class code has 1/32 of them; 256 is RD's
-    batch_size: int = 16  # images a training step [author], of torchrun's processes together
+    seed: int = 0  # of weights, batches, images held out and CADA's levels
+    device: str = "auto"  # cpu, cuda, mps, or auto: a GPU of NVIDIA's if there is one, else the CPU
+    teacher: str = "wide_resnet50_2"  # frozen ResNet of torchvision's; this one is RD's
+    weights: str = "IMAGENET1K_V1"  # the teacher's: torchvision tag, local file, or none (random)
+    # sides in pixels of the square that images are squashed to, a multiple of 32; 256 is RD's
+    image_size: int = 256
+    batch_size: int = 16  # images a training step [author], of all processes of torchrun together
     iters: int = 5000  # training steps of the detector [author]
-    lr: float = 2e-3  # AdamW learning rate, x 0.2 at 80 % of iters [author]
-    loss: str = "flat"  # cosine of each layer as a whole, flat [author], or position by position,
-    #                     position [ours] D8
+    lr: float = 2e-3  # AdamW learning rate, x 0.2 at 80 % of the steps [author]
+    # cosine loss of each layer as one long vector [author], or position by position [ours] D8
+    loss: Literal["flat", "position"] = "flat"
     holdout: float = 0.1  # share of the training images kept back for the threshold; 0: none
     quantile: float = 0.99  # share of normal images that the threshold shall let pass [ours] D1
-    threshold: float = None  # of predict, above 0, if not the checkpoint's
-    cache: str = "on"  # on: the teacher's features of the training images are computed once, into
-    #                    an unnamed file in --out; off: anew in every step [ours] D2
+    threshold: float | None = None  # for predict: use this one instead of the checkpoint's
+    # compute the teacher's features of the training images once, into an unnamed file in --out;
+    # --no-cache computes them anew in every step [ours] D2
+    cache: bool = True
     workers: int = 4  # processes that read images, at most one a CPU core
-    checkpoint: str = ""  # what eval, predict and --resume read (default: checkpoint.pt in --out);
-    #                       if given without --resume, what a training starts from
+    # what eval, predict and --resume read (default: checkpoint.pt in --out); given to train
+    # without --resume, it is what the training starts from
+    checkpoint: str = ""
     resume: bool = False  # go on with an interrupted training
 
     def __post_init__(self) -> None:
-        """Raise UserError for a value that cannot work."""
-        for name, fits in {
-                "iters": self.iters > 0, "seed": self.seed >= 0, "workers": self.workers >= 0,
-                "batch_size": self.batch_size > 0 == self.batch_size % COUNT,
-                "image_size": self.image_size > 0 == self.image_size % 32,
-                "loss": self.loss in ("flat", "position"), "holdout": 0 <= self.holdout < 1,
-                "lr": self.lr > 0, "threshold": self.threshold is None or self.threshold > 0,
-                "quantile": 0 < self.quantile <= 1, "cache": self.cache in ("on", "off")}.items():
-            if not fits:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: see --help")
+        """Raises UserError for values that would fail late, or silently."""
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"--seed {self.seed}: give a whole number from 0 to {2**32 - 1}")
+        if self.image_size < 32 or self.image_size % 32:
+            raise UserError(f"--image-size {self.image_size}: give a multiple of 32, such as 256")
+        if self.batch_size < 1:
+            raise UserError(f"--batch-size {self.batch_size}: give at least 1")
+        if not 0 <= self.holdout < 1:
+            raise UserError(f"--holdout {self.holdout}: give a share from 0 to below 1")
+        if not 0 < self.quantile <= 1:
+            raise UserError(f"--quantile {self.quantile}: give a share above 0, at most 1")
+
+
+# On the demo set two CPU cores are enough. [ours] D3
+DEMO = {"teacher": "resnet18", "weights": "none", "image_size": 128, "iters": 200, "workers": 0}
+VISA = {}  # trained as MVTec AD is
 
 
 # ---- frozen teacher ------------------------------------------------------------------------------
 class Teacher(nn.Module):
-    """RevDist's teacher, as in RD: a ResNet up to layer3, no gradients, always in eval mode.
+    """RevDist's teacher, as in RD: a ResNet up to layer3, without gradients, always in eval mode.
 
     forward: (B, 3, S, S) -> [(B, C1, S/4, S/4), (B, C2, S/8, S/8), (B, C3, S/16, S/16)], float16.
-    Half precision always, cached or not, so that --cache changes the time and nothing else; float16
-    and not bfloat16, because after BatchNorm the values are small and want digits, not range.
-    RevDist reads nothing of layer4, so layer4 is not run.
-    Raises UserError for an unknown name and for weights that cannot be had or do not fit.
+    RevDist reads nothing of layer4, so layer4 is not run. The features are in half precision
+    whether they are cached or not, so that --no-cache changes the time and nothing else; in float16
+    and not bfloat16, because after BatchNorm values are small and want digits more than range.
+    Raises UserError for an unknown name, and for weights that cannot be had or do not fit.
     """
 
     def __init__(self, name: str, weights: str, seed: int) -> None:
@@ -152,17 +184,14 @@ class Teacher(nn.Module):
         with torch.random.fork_rng(devices=[]):  # a seed's teacher is the same whatever ran before
             torch.manual_seed(seed)
             try:
-                resnet = getattr(torchvision.models.resnet, name)(weights=None)
-                if not self.random:
-                    resnet.load_state_dict(
-                        torch.load(weights, map_location="cpu", weights_only=True)
-                        if Path(weights).is_file() else
-                        torchvision.models.get_model_weights(name)[weights].get_state_dict())
+                resnet = load_resnet(name, weights)
             except Exception as e:  # unknown, no network, weights that do not fit: many kinds
                 raise UserError(f"--teacher {name} --weights {weights}: {str(e)[:200]}; give a "
                                 "ResNet of torchvision's and a tag or file of its weights, or none")
         self.stem = nn.Sequential(resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool)
-        self.layer1, self.layer2, self.layer3 = resnet.layer1, resnet.layer2, resnet.layer3
+        self.layer1 = resnet.layer1
+        self.layer2 = resnet.layer2
+        self.layer3 = resnet.layer3
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> nn.Module:
@@ -175,43 +204,62 @@ class Teacher(nn.Module):
             f1 = self.layer1(self.stem(x))
             f2 = self.layer2(f1)
             f3 = self.layer3(f2)
-        return [f.half() for f in (f1, f2, f3)]
+        return [f1.half(), f2.half(), f3.half()]
 
-    def estimate_statistics(self, batches: Iterable) -> None:
+    def estimate_statistics(self, batches: Iterable[Tensor]) -> None:
         """Give a random teacher the BatchNorm statistics of the training images. [ours] D3
 
         Fresh statistics (mean 0, variance 1) let the activations of a random ResNet drift from
-        layer to layer until all images look alike.
+        layer to layer, until all images look alike.
         """
         layers = nn.Sequential(self.stem, self.layer1, self.layer2, self.layer3).eval()
         torch.optim.swa_utils.update_bn(batches, layers)  # in train mode, and back to eval
 
 
+def load_resnet(name: str, weights: str) -> ResNet:
+    """A ResNet of torchvision's with weights from a file or a tag, or with random ones ("none")."""
+    resnet = getattr(torchvision.models.resnet, name)(weights=None)
+    if Path(weights).is_file():
+        resnet.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    elif weights != "none":
+        tags = torchvision.models.get_model_weights(name)
+        resnet.load_state_dict(tags[weights].get_state_dict())
+    return resnet
+
+
 # ---- RevDist student -----------------------------------------------------------------------------
 def residual_stage(like: ResNet, inputs: int, planes: int, depth: int, up: bool) -> nn.Sequential:
-    """`depth` residual blocks as those of `like`; the first halves or doubles height and width:
-    (B, inputs, H, W) -> (B, planes x the block's expansion, H/2, W/2), or (..., 2H, 2W) if `up`.
+    """`depth` residual blocks of the kind that `like` has. The first one halves height and width,
+    or doubles them if `up`: (B, inputs, H, W) -> (B, planes * expansion, H/2, W/2 or 2H, 2W).
 
-    A stage that doubles is the teacher's mirrored: where the teacher's first block has a stride-2
-    convolution, in the main path and in the shortcut, this one has a 2x2 transposed one.
+    A stage that doubles is the mirror image of one that halves: where its first block would have a
+    convolution of stride 2, in the main path and in the shortcut, it has a 2x2 transposed one.
     """
-    like.inplanes, block = inputs, type(like.layer1[0])
-    stage = like._make_layer(block, planes, depth, stride=2)
-    strided = "conv1" if block is BasicBlock else "conv2"
-    for parent, name in ((stage[0], strided), (stage[0].downsample, "0")) if up else ():
-        c = getattr(parent, name)
-        setattr(parent, name, nn.ConvTranspose2d(c.in_channels, c.out_channels, 2, stride=2,
-                                                 groups=c.groups, bias=False))
-    return stage
+    block = type(like.layer1[0])  # BasicBlock (expansion 1) or Bottleneck (expansion 4)
+    shape = {"groups": like.groups, "base_width": like.base_width}  # of ResNeXt and Wide ResNet
+    outputs = planes * block.expansion
+    if up:
+        shortcut = nn.ConvTranspose2d(inputs, outputs, 2, stride=2, bias=False)
+    else:
+        shortcut = nn.Conv2d(inputs, outputs, 1, stride=2, bias=False)
+    shortcut = nn.Sequential(shortcut, nn.BatchNorm2d(outputs))
+    first = block(inputs, planes, stride=2, downsample=shortcut, **shape)
+    if up and block is BasicBlock:
+        first.conv1 = nn.ConvTranspose2d(inputs, planes, 2, stride=2, bias=False)
+    elif up:
+        width = first.conv2.in_channels
+        first.conv2 = nn.ConvTranspose2d(width, width, 2, stride=2, groups=like.groups, bias=False)
+    others = [block(outputs, planes, **shape) for _ in range(depth - 1)]
+    return nn.Sequential(first, *others)
 
 
 class Student(nn.Module):
     """What RevDist trains, in RD's shapes: fusion, one-class bottleneck (OCBE), mirrored decoder.
 
     forward: the teacher's [(B, C1, S/4, S/4), (B, C2, S/8, S/8), (B, C3, S/16, S/16)] -> the same
-    shapes, reproduced from a code of (B, 2 * C3, S/32, S/32). The code is the bottleneck: a
-    fourteenth of the numbers to reproduce. Only the shapes mirror the teacher's: weights start at
-    random, so that nothing but training can make the two agree.
+    shapes, reproduced from a code of (B, 2 * C3, S/32, S/32). The code is the bottleneck: it holds
+    a fourteenth of the numbers that are to be reproduced. Only the shapes mirror the teacher's:
+    the weights start at random, so that nothing but training can make the two agree.
     83.80 M parameters for wide_resnet50_2: fusion 10.62, bottleneck 48.26, decoder 24.92.
     """
 
@@ -219,67 +267,80 @@ class Student(nn.Module):
         super().__init__()
         with torch.device("meta"):  # only its layout is read, so no memory is spent on it
             like = torchvision.models.get_model(teacher_name, weights=None)
-        e = type(like.layer1[0]).expansion
-        c1, c2, c3 = 64 * e, 128 * e, 256 * e
+        expansion = type(like.layer1[0]).expansion
+        c1, c2, c3 = 64 * expansion, 128 * expansion, 256 * expansion
+
         halve = partial(torchvision.ops.Conv2dNormActivation, kernel_size=3, stride=2)
         self.fuse1 = nn.Sequential(halve(c1, c2), halve(c2, c3))
         self.fuse2 = halve(c2, c3)
         self.bottleneck = residual_stage(like, 3 * c3, 512, len(like.layer4), up=False)
+
+        # RD builds its decoder from ResNet's list of depths in the order in which it runs: the
+        # deepest features are rebuilt by as many blocks as layer1 has (3 of 3, 4, 6), not layer3.
         self.decode3 = residual_stage(like, 2 * c3, 256, len(like.layer1), up=True)
         self.decode2 = residual_stage(like, c3, 128, len(like.layer2), up=True)
         self.decode1 = residual_stage(like, c2, 64, len(like.layer3), up=True)
+
         for m in self.modules():
             if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         f1, f2, f3 = features
-        code = self.bottleneck(torch.cat([self.fuse1(f1), self.fuse2(f2), f3], dim=1))
+        fused = torch.cat([self.fuse1(f1), self.fuse2(f2), f3], dim=1)  # (B, 3 * C3, S/16, S/16)
+        code = self.bottleneck(fused)  # (B, 2 * C3, S/32, S/32)
         d3 = self.decode3(code)
         d2 = self.decode2(d3)
-        return [self.decode1(d2), d2, d3]
+        d1 = self.decode1(d2)
+        return [d1, d2, d3]
 
 
 class RevDist(nn.Module):
     """Reverse distillation, the detector under CADA: its name is [paper], its shapes are RD's.
 
-    The decoder learned to reproduce the teacher's features e of normal images only; where its d
+    The decoder has learned to reproduce the teacher's features e of normal images only; where its d
     fails, the image is anomalous: A(h,w) = mean over layers of 1 - <e,d> / (|e||d|). [author]
-    What level it fails at on *normal* images differs from class to class: a regular wire grid is
-    easy to reproduce and granite is not. That is the problem that CADA solves.
+    The level at which it fails on *normal* images differs from class to class: a regular wire grid
+    is easy to reproduce, and granite is not. That is the problem that CADA solves.
 
-    This is all that CADA and the shared code need of a detector: `preprocess` for images, `teacher`
-    for frozen features of them; called, it gives the loss on these, and `describe` turns them into
+    CADA and the shared code need this much of a detector: `preprocess` for images; `teacher` for
+    frozen features of them; called on these, it gives the loss, and `describe` turns them into
     pooled features and a raw anomaly map.
     """
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        self.cfg, self.size = cfg, (cfg.image_size, cfg.image_size)
-        # An image that is not square is squashed [ours] D19; mean and deviation are ImageNet's.
-        self.preprocess = Compose([Resize(self.size), ToTensor(), Normalize(
-            (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+        self.cfg = cfg
+        self.size = (cfg.image_size, cfg.image_size)
+        # An image that is not square is squashed [ours] D19. Mean and deviation are ImageNet's.
+        normalise_colours = Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        self.preprocess = Compose([Resize(self.size), ToTensor(), normalise_colours])
         self.teacher = Teacher(cfg.teacher, cfg.weights, cfg.seed)
         self.student = Student(cfg.teacher)
 
-    def decode(self, features: list[Tensor]) -> tuple[list, list]:
-        """The student's version of the teacher's features, both in float32 for the cosines."""
-        # channels_last, like the weights: cuDNN's own layout (on a CPU no difference was measured).
-        encoded = [f.float().contiguous(memory_format=torch.channels_last) for f in features]
+    def decode(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Teacher features -> the same, and the student's version, both float32 for the cosines."""
+        encoded = [f.float() for f in features]
         with autocast(features[0], torch.bfloat16):
             decoded = self.student(encoded)
         return encoded, [d.float() for d in decoded]
 
     def forward(self, features: list[Tensor]) -> Tensor:
-        """The loss: sum over layers of 1 - cosine, each layer one long vector of C*H*W [author], or
-        by position and averaged (--loss position) [ours] D8. Returns a scalar in 0..6.
+        """The loss: the sum over three layers of 1 - cosine, a scalar in 0..6.
 
-        Flat, a position counts by the length of its features; by position all count alike, as in
-        the anomaly map: 1.6 better on the demo set, within the spread over seeds."""
-        # Flatten (B, C, H, W) from C on, to one vector an image, or from H on, to one a position.
-        start = 1 if self.cfg.loss == "flat" else 2
-        return sum((1 - F.cosine_similarity(e.flatten(start), d.flatten(start), dim=1)).mean()
-                   for e, d in zip(*self.decode(features)))
+        Flat: a layer of an image is one long vector, so that a position counts by the length of its
+        features [author]. By position: all positions count alike, as they do in the anomaly map
+        [ours] D8.
+        """
+        encoded, decoded = self.decode(features)
+        loss = 0.0
+        for e, d in zip(encoded, decoded):
+            if self.cfg.loss == "flat":
+                distance = 1 - F.cosine_similarity(e.flatten(1), d.flatten(1), dim=1)  # (B,)
+            else:
+                distance = 1 - F.cosine_similarity(e, d, dim=1)  # (B, H, W)
+            loss = loss + distance.mean()
+        return loss
 
     def describe(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Teacher features -> (pooled (B, 2 * (C1+C2+C3)), raw anomaly map (B, S, S) in 0..2).
@@ -287,17 +348,25 @@ class RevDist(nn.Module):
         Pooled over the whole image, frozen features tell the class more than the defect: that is
         why CADA reads these and not the student's. Mean *and* standard deviation over the positions
         [ours] D6: with the mean alone, brightness drowns texture. align_corners=True [author] puts
-        the corner values of a layer's map on the corner pixels, so the three layers line up.
+        the corner values of a layer's map on the corner pixels, so that the three layers line up.
         """
-        maps = 0
-        for e, d in zip(*self.decode(features)):
-            m = 1 - F.cosine_similarity(e, d, dim=1)[:, None]  # (B, 1, h, w)
-            maps = maps + F.interpolate(m, self.size, mode="bilinear", align_corners=True)[:, 0] / 3
-        pooled = [t for f in features for t in torch.std_mean(f.float(), dim=(2, 3))]
+        pooled = []
+        for f in features:
+            std, mean = torch.std_mean(f.float(), dim=(2, 3))
+            pooled += [std, mean]
+
+        encoded, decoded = self.decode(features)
+        maps = 0.0
+        for e, d in zip(encoded, decoded):
+            distance = 1 - F.cosine_similarity(e, d, dim=1)[:, None]  # (B, 1, h, w)
+            full = F.interpolate(distance, self.size, mode="bilinear", align_corners=True)
+            maps = maps + full[:, 0] / len(encoded)
         return torch.cat(pooled, dim=1), maps
 
 
 # ---- CADA ----------------------------------------------------------------------------------------
+from itertools import product
+from sklearn.cluster import KMeans
 @dataclass
 class CADA:
     """Predict (u, gamma), the mean and the maximum that anomaly maps of *normal* images of an
@@ -376,340 +445,416 @@ def implicit_classes(x: np.ndarray, statistics: np.ndarray, seed: int) -> KMeans
 
 
 def map_statistics(maps: Tensor) -> Tensor:
-    """(N, H, W) -> (N, 2): u, the mean, and gamma, the maximum, of each map; gamma > u even for a
-    map without contrast."""
+    """(N, H, W) -> (N, 2): u, the mean, and gamma, the maximum, of each map. gamma lies above u
+    even for a map without contrast, since alignment divides by their difference."""
     u = maps.mean((1, 2))
-    return torch.stack([u, maps.amax((1, 2)).maximum(u + 1e-6 * u.abs().clamp(min=1))], dim=1)
+    least = u + 1e-6 * u.abs().clamp(min=1)
+    gamma = maps.amax((1, 2)).maximum(least)
+    return torch.stack([u, gamma], dim=1)
 
 
 def normalise(maps: Tensor, u: Tensor, gamma: Tensor) -> Tensor:
     """A' = (A - u) / (gamma - u), image by image: (N, H, W), (N,), (N,) -> (N, H, W). [author]
 
-    0 is the mean of normal maps of the class, 1 their maximum, whatever the class."""
-    return (maps - u[:, None, None]) / (gamma - u)[:, None, None]
+    0 is the mean of normal maps of the class and 1 their maximum, whatever the class is.
+    """
+    u = u[:, None, None]
+    gamma = gamma[:, None, None]
+    return (maps - u) / (gamma - u)
 
 
 # ==== shared: map and score
 def smooth(maps: Tensor) -> Tensor:
-    """Gaussian blur of (N, H, W) maps, sigma 4 pixels at 256 x 256 and in proportion elsewhere
-    [ours] D4.
+    """Gaussian blur of (N, H, W) maps, sigma 4 pixels at 256 x 256 and in proportion elsewhere.
+    [ours] D4
 
-    Edges are repeated ("nearest") and the kernel sums to one, so a constant map stays constant: the
-    blur commutes with (A - u) / (gamma - u), and normalising first [author] or after is the same.
+    Edges are repeated ("nearest") and the kernel sums to one, so a constant map stays constant. The
+    blur therefore commutes with (A - u) / (gamma - u): to normalise before it [author] or after it
+    is the same.
     """
-    sigma = 0, maps.shape[-1] / 64, maps.shape[-1] / 64
-    return torch.from_numpy(ndimage.gaussian_filter(maps.numpy(), sigma, mode="nearest"))
+    sigma = maps.shape[-1] / 64
+    blurred = ndimage.gaussian_filter(maps.numpy(), (0, sigma, sigma), mode="nearest")
+    return torch.from_numpy(blurred)
 
 
 def image_score(maps: Tensor) -> Tensor:
-    """Mean of the highest 1 % of the pixels of each map, steadier than the maximum: (N, H, W) ->
-    (N,). [author]"""
-    return maps.flatten(1).topk(max(1, maps[0].numel() // 100), dim=1).values.mean(1)
-
-
-def hold_out(cfg: Config, samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
-    """Normal images to train on, and those kept back, at random, for the threshold: the decoder
-    knows the former too well. With --holdout 0 both are all, as in the papers. [ours] D1"""
-    order = np.random.default_rng(cfg.seed).permutation(len(samples)).tolist()
-    n = min(round(cfg.holdout * len(samples)), len(samples) - 1)
-    kept, held = ([samples[i] for i in sorted(part)] for part in (order[n:], order[:n]))
-    return kept, held or kept
-
-
-def threshold(cfg: Config, maps: Tensor) -> float:
-    """The conformal threshold: the ceil((n + 1) q)-th smallest of the scores of n normal images, or
-    the largest. A new normal image lies above with a probability of at most 1 - q, if n allows and
-    nothing has learned from these n (CADA's statistics have, a little). [ours] D1"""
-    scores, rank = image_score(maps).sort().values, math.ceil((len(maps) + 1) * cfg.quantile)
-    return scores[min(rank, len(scores)) - 1].item()
+    """Mean of the highest 1 % of the pixels of each map, which is steadier than the maximum:
+    (N, H, W) -> (N,). [author]"""
+    pixels = maps.flatten(1)
+    count = max(1, pixels.shape[1] // 100)
+    return pixels.topk(count, dim=1).values.mean(1)
 
 
 @torch.no_grad()
-def look(detector: nn.Module, samples: list[Sample], view: Callable) -> list[Tensor]:
-    """Show images to the frozen teacher and its features to `view`, detector.describe for instance.
-    Returns the tensors (N, ...) that it answers with, on the CPU."""
+def describe_all(detector: nn.Module, samples: list[Sample], describe: Callable) -> list[Tensor]:
+    """Show images to the frozen teacher and its features to `describe`, a method of the detector.
+    Returns what that returns, for all images: tensors (N, ...) on the CPU."""
     detector.eval()  # BatchNorm by its running statistics: a score must not depend on its batch
-    found = [[t.cpu() for t in view(detector.teacher(x))]
-             for x in image_batches(detector, samples)]
-    return [torch.cat(parts) for parts in zip(*found)]
+    batches = []
+    for x in image_batches(detector, samples):
+        batches.append([t.cpu() for t in describe(detector.teacher(x))])
+    return [torch.cat(parts) for parts in zip(*batches)]
 # ==== end shared
 
 
 # ---- training ------------------------------------------------------------------------------------
-def build(cfg: Config, content: dict) -> RevDist:
-    """The detector on its device, with the weights of a checkpoint if one is given."""
+RANK = int(os.environ.get("RANK", 0))  # torchrun's: which process this is, of how many
+COUNT = int(os.environ.get("WORLD_SIZE", 1))
+
+
+def build(cfg: Config, checkpoint: dict | None) -> RevDist:
+    """The detector on its device, with the weights of a checkpoint if there is one."""
     torch.manual_seed(cfg.seed)
     detector = RevDist(cfg)
-    if content:  # strict=False: the weights of a trained teacher are not in it
-        detector.load_state_dict(content["weights"], strict=False)
+    if checkpoint:
+        load_weights(detector, checkpoint)
     if detector.teacher.random:
         print("teacher: RANDOM weights; its numbers are not the paper's", file=sys.stderr)
+    # channels_last is the layout of cuDNN's own convolutions; on a CPU it made no difference.
     return detector.to(choose_device(cfg.device), memory_format=torch.channels_last)
 
 
-def train_detector(detector: RevDist, samples: list[Sample], content: dict) -> dict:
-    """Train on normal images, from where `content` (a checkpoint's, or {}) stopped. Returns the new
-    content of a checkpoint; {} in all but the first process of torchrun, whose work ends here.
-    Raises UserError on a NaN loss.
+def train_detector(detector: RevDist, samples: list[Sample], checkpoint: dict | None) -> dict:
+    """Train on normal images, from where the checkpoint stopped if there is one. Returns the new
+    checkpoint. Raises UserError for a loss that is no number.
 
     Only the student learns: the teacher's features are computed without gradients, and its
-    BatchNorm stays in eval mode. The student's BatchNorm learns its statistics here. All classes
+    BatchNorm stays in eval mode; the student's BatchNorm learns its statistics here. All classes
     are mixed in every batch, and nobody tells the student which image is of which (model-unified).
-    There is no validation and no best epoch, which could only be chosen on test images: the last
-    step counts.
+    There is no validation and no best epoch, which only test images could choose: the last step
+    counts.
     """
-    cfg, student, share = detector.cfg, detector.student, samples[RANK::COUNT]
-    step, engine = content.get("step", 0), detector
-    if step == cfg.iters:  # trained already: no features are needed
-        return {} if RANK else content
-    if detector.teacher.random and not content:  # of all images: the same in every process
+    cfg = detector.cfg
+    step = checkpoint["step"] if checkpoint else 0
+    if step >= cfg.iters:  # trained already
+        return checkpoint
+    if cfg.batch_size % COUNT:
+        raise UserError(f"--batch-size {cfg.batch_size}: give a multiple of {COUNT} processes")
+    if detector.teacher.random and step == 0:  # of all images: the same in every process
         detector.teacher.estimate_statistics(image_batches(detector, samples))
-    features = teacher_features(detector, share)
+
     # Optimiser and schedule: [author], written for a sibling model.
+    student = detector.student
     optimizer = torch.optim.AdamW(student.parameters(), cfg.lr, weight_decay=1e-5, amsgrad=True,
                                   fused=True)
-    if content:
-        optimizer.load_state_dict(content["optimizer"])
+    if checkpoint:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    engine = detector
     if COUNT > 1:  # the gradient is the mean over all processes, whose batches are equally large
         if next(student.parameters()).is_cuda:  # on CPUs each normalises by its own batch
             nn.SyncBatchNorm.convert_sync_batchnorm(student)
         distributed.init_process_group()
         engine = nn.parallel.DistributedDataParallel(detector)
+
+    share = samples[RANK::COUNT]  # the images of this process
+    batches = shuffled(len(share), cfg.batch_size // COUNT, cfg.iters, cfg.seed + 1_000_000 * RANK)
+    features = teacher_features(detector, share, batches[step:])
     detector.train()
-    batches = shuffled(len(share), cfg.batch_size // COUNT, cfg.iters, cfg.seed)[step:]
-    bar = tqdm(features(batches), "training", cfg.iters, initial=step, disable=None)
-    for batch in bar:
-        optimizer.param_groups[0]["lr"] = cfg.lr * (1 if step < int(0.8 * cfg.iters) else 0.2)
-        loss = engine(batch)
+    bar = tqdm(features, "training", cfg.iters, initial=step, disable=None)
+    for encoded in bar:
+        late = step >= int(0.8 * cfg.iters)
+        optimizer.param_groups[0]["lr"] = cfg.lr * (0.2 if late else 1)
+        loss = engine(encoded)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         step += 1
+
         due = step % max(1, cfg.iters // 10) == 0 or step == cfg.iters
         if due or step % 20 == 0:  # seldom: item() waits for the GPU
             bar.set_postfix(loss=f"{loss.item():.4f}")
             if not math.isfinite(loss.item()):
                 raise UserError(f"the loss is {loss.item()} at step {step}; lower --lr {cfg.lr}")
         if due and RANK == 0:
-            content = {"step": step, "optimizer": optimizer.state_dict()}
-            save_checkpoint(detector, content)
+            checkpoint = {"step": step, "optimizer": optimizer.state_dict()}
+            save_checkpoint(detector, checkpoint)
+
     if COUNT > 1:
         distributed.destroy_process_group()
-    return {} if RANK else content
+    return checkpoint
 
 
-def train(fit: Callable, detector: nn.Module, samples: list[Sample], content: dict) -> dict:
-    """Train a detector by `fit` on normal images, from where a checkpoint's content stopped; then
-    CADA, whose statistics come from all of them: from those kept back alone it loses 3 to 5 points
-    of pooled I-AUROC on the demo set. Returns the content of the checkpoint that it leaves in
-    --out, {} in the further processes of torchrun."""
-    kept, held = hold_out(detector.cfg, samples)
-    content = fit(detector, kept, content)
-    if content:
-        features, maps = look(detector, samples, detector.describe)
-        content["cada"] = vars(CADA.fit(features, maps, detector.cfg.seed))
-        # The label oracle, Fig. 4(a): class means over the training images. [ours] D7
-        statistics, classes = map_statistics(maps), np.array([s.cls for s in samples])
-        content["oracle"] = {c: statistics[classes == c].mean(0) for c in set(classes.tolist())}
-        content["thresholds"] = {v: threshold(detector.cfg, m) for v, m in
-                                 score(detector, content, held).items() if v != "oracle"}
-        save_checkpoint(detector, content)
-    return content
+def align(detector: nn.Module, normal: list[Sample], checkpoint: dict) -> None:
+    """Fit CADA to a trained detector; both go into the checkpoint, with the oracle's statistics.
+
+    The statistics come from all normal images, those of the threshold included: from the held-out
+    tenth alone it loses 3 to 5 points of pooled I-AUROC on the demo set.
+    """
+    features, maps = describe_all(detector, normal, detector.describe)
+    checkpoint["cada"] = asdict(CADA.fit(features, maps, detector.cfg.seed))
+
+    # The oracle, Fig. 4(a) of the paper, knows the label: class means over these images. [ours] D7
+    statistics = map_statistics(maps)
+    classes = np.array([s.cls for s in normal])
+    checkpoint["oracle"] = {str(c): statistics[classes == c].mean(0) for c in np.unique(classes)}
 
 
 # ---- evaluation ----------------------------------------------------------------------------------
-def score(detector: nn.Module, content: dict, samples: list[Sample]) -> dict[str, Tensor]:
-    """Smoothed anomaly maps of images, (N, S, S) each: raw, aligned by the true class's statistics
-    (oracle) if all these classes are known, and aligned by CADA.
+def aligned_maps(detector: nn.Module, samples: list[Sample], checkpoint: dict) -> dict[str, Tensor]:
+    """Smoothed anomaly maps of images, (N, S, S) each: raw; aligned by the true class's statistics
+    (oracle), if the checkpoint knows all these classes; and aligned by CADA.
 
     What to look for: "pooled" should rise from raw to cada, and the oracle shows how far it could.
-    "class mean" should stay: within a class alignment has nothing to gain, so where it falls, the
-    head has taken the image's defect for its class, and does harm.
+    "class mean" should stay: within a class alignment has nothing to gain, so where it falls, CADA
+    has taken defects for classes, and does harm.
     """
-    features, maps = look(detector, samples, detector.describe)
-    maps = smooth(maps)  # once for all three: aligning commutes with blurring
-    variants, oracle = {"raw": maps}, content["oracle"]
-    if {s.cls for s in samples} <= oracle.keys():
-        known = torch.stack([oracle[s.cls] for s in samples])
-        variants["oracle"] = normalise(maps, *known.unbind(1))
-    u, gamma = CADA(**content["cada"]).predict(features)
-    return variants | {"cada": normalise(maps, u, gamma)}
+    features, maps = describe_all(detector, samples, detector.describe)
+    variants = {"raw": smooth(maps)}  # once for all three, since aligning commutes with blurring
+    oracle = checkpoint["oracle"]
+    if all(s.cls in oracle for s in samples):
+        statistics = torch.stack([oracle[s.cls] for s in samples])
+        variants["oracle"] = normalise(variants["raw"], statistics[:, 0], statistics[:, 1])
+    u, gamma = CADA(**checkpoint["cada"]).predict(features)
+    variants["cada"] = normalise(variants["raw"], u, gamma)
+    return variants
 
 
-def plot_scores(out: str, samples: list, thresholds: dict, scores: dict, results: dict) -> None:
-    """Score histograms by class, normal above the line and anomalous below it, each drawn to the
-    same height, of each variant that has a threshold.
+def plot_distributions(path: Path, samples: list[Sample], scores: dict, results: dict,
+                       thresholds: dict[str, float]) -> None:
+    """One tick an image: scores by class, normal ones above the line and anomalous ones below it,
+    one panel for each variant that has a threshold, at most 12 classes.
 
     Where the normal scores of all classes end at the same place, one threshold serves them all.
     """
-    labels, classes = (np.array([getattr(s, what) for s in samples]) for what in ("label", "cls"))
-    names = sorted(set(classes), reverse=True)  # upwards, as the axis goes
-    figure = Figure(figsize=(12, 1.6 + 0.6 * len(names)), layout="constrained")
-    for ax, (v, t) in zip(figure.subplots(1, len(thresholds), sharey=True), thresholds.items()):
-        x = scores[v].numpy()
-        bins = np.linspace(x.min(), max(np.quantile(x, 0.98), t) + 1e-9, 40)
-        for row in range(len(names)):
-            # Okabe and Ito's blue and vermilion, told apart by colour-blind readers too.
-            for label, side, colour in ((0, 0.42, "#0072B2"), (1, -0.42, "#D55E00")):
-                found = x[(classes == names[row]) & (labels == label)].clip(None, bins[-1])
-                counts = np.histogram(found, bins)[0]
-                ax.stairs(row + side * counts / max(counts.max(), 1), bins, baseline=row, fill=True,
-                          color=colour, label=("normal", "anomalous")[label])
-        line = ax.axvline(t, color="black", linestyle="--", label="threshold")
-        ax.set_yticks(range(len(names)), names, fontsize=12)
-        ax.set_title(f"{v}: pooled I-AUROC {results[v]['pooled'].get('I-AUROC', math.nan):.1%}")
-        ax.set_xlabel("image score (last bin: that and above)", fontsize=11)
-    figure.legend(handles=[*ax.patches[:2], line], loc="outside lower center", ncols=3)
-    figure.savefig(Path(out, "distributions.png"), dpi=150, bbox_inches="tight")
+    labels = np.array([s.label for s in samples])
+    classes = np.array([s.cls for s in samples])
+    names = np.unique(classes)[:MOST_CLASSES][::-1]  # upwards, as the axis goes
+    figure = Figure(figsize=(12, 1.8 + 0.5 * len(names)), layout="constrained")
+    panels = figure.subplots(1, len(thresholds), sharey=True, squeeze=False)[0]
+    legend = {}
+    for ax, variant in zip(panels, thresholds):
+        # Okabe and Ito's blue and vermilion, which colour-blind readers tell apart too.
+        for label, kind, side, colour in ((0, "normal", 0.2, "#0072B2"),
+                                          (1, "anomalous", -0.2, "#D55E00")):
+            rows = [scores[variant][(classes == name) & (labels == label)] for name in names]
+            at = np.arange(len(names)) + side
+            ticks = ax.eventplot(rows, lineoffsets=at, linelengths=0.34, alpha=0.7, colors=colour)
+            legend[kind] = ticks[0]
+        legend["threshold"] = ax.axvline(thresholds[variant], color="black", linestyle="--")
+        ax.set_yticks(range(len(names)), names, fontsize=12, parse_math=False)
+        auroc = results[variant]["pooled"].get("I-AUROC", math.nan)
+        ax.set_title(f"{variant}: pooled I-AUROC {auroc:.1%}")
+        ax.set_xlabel("image score")
+    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=3)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
 # ==== shared: fitting a detector
-def teacher_features(detector: nn.Module, samples: list[Sample]) -> Callable:
-    """Returns a function from lists of indices to the teacher's features of these images, yielded
-    list by list. They are computed once [ours] D2, or with --cache off anew in every step.
+def hold_out(cfg: Config, samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
+    """Normal images to train on, and those kept back at random for the threshold, because the
+    decoder knows the former too well. With --holdout 0 both are all, as in the papers. [ours] D1"""
+    order = np.random.default_rng(cfg.seed).permutation(len(samples))
+    count = min(round(cfg.holdout * len(samples)), len(samples) - 1)
+    held = [samples[i] for i in sorted(order[:count])]
+    kept = [samples[i] for i in sorted(order[count:])]
+    return kept, held or kept
 
-    Training uses no augmentation, so every epoch would compute the same again. They stay in one
-    float16 array (N, values per image) in an unnamed file in --out: the system keeps as much of it
-    in memory as fits, and it goes with the process, even a killed one, so it can never be stale.
-    Raises UserError if the disk is too small.
+
+def conformal_threshold(scores: Tensor, quantile: float) -> float:
+    """The ceil((n + 1) quantile)-th smallest of the scores of n normal images, or the largest.
+
+    A new normal image lies above it with a probability of at most 1 - quantile, if n is large
+    enough and nothing has learned from these n (CADA's statistics have, a little). [ours] D1
     """
-    teacher, folder = detector.teacher, detector.cfg.out
-    if detector.cfg.cache == "off":
-        return lambda batches: map(teacher, image_batches(detector, samples, batches))
-    first = teacher(next(image_batches(detector, samples[:1])))
-    shapes, sizes = [f.shape[1:] for f in first], [f[0].numel() for f in first]
-    file, space = tempfile.TemporaryFile(dir=folder), 2 * len(samples) * sum(sizes)
-    if shutil.disk_usage(folder).free < space:
-        raise UserError(f"--cache on: {folder} lacks {space / 2**30:.1f} GiB; use --cache off")
-    for x in image_batches(detector, samples):  # written and then mapped: a full disk says so
-        torch.cat([f.flatten(1) for f in teacher(x)], dim=1).cpu().numpy().tofile(file)
-    array = np.memmap(file, np.float16, "r", shape=(len(samples), sum(sizes)))
-
-    def load(rows: list[int]) -> list[Tensor]:
-        values = torch.from_numpy(array[rows])
-        if first[0].is_cuda:
-            values = values.pin_memory()  # copied while the GPU computes
-        parts = values.to(first[0].device, non_blocking=True).split(sizes, dim=1)
-        return [p.unflatten(1, s) for p, s in zip(parts, shapes)]
-    return partial(map, load)
+    n = len(scores)
+    rank = min(math.ceil((n + 1) * quantile), n)
+    return scores.sort().values[rank - 1].item()
 
 
 def shuffled(n: int, batch_size: int, steps: int, seed: int) -> list[list[int]]:
-    """The batches of a whole training run, epoch after epoch, decided by seed and rank alone: so a
-    resumed run goes on with exactly the batches that it would have had."""
-    order = RandomSampler(range(n), num_samples=steps * batch_size,
-                          generator=torch.Generator().manual_seed(seed + 1_000_000 * RANK))
-    return [*BatchSampler(order, batch_size, drop_last=True)]
+    """The batches of a whole training run as lists of indices below n, epoch after epoch. The seed
+    alone decides them, so a resumed run goes on with the batches that it would have had."""
+    generator = torch.Generator().manual_seed(seed)
+    order = []
+    while len(order) < steps * batch_size:
+        order += torch.randperm(n, generator=generator).tolist()
+    return [order[i * batch_size:(i + 1) * batch_size] for i in range(steps)]
 
 
-def save_checkpoint(detector: nn.Module, content: dict) -> None:
-    """Write checkpoint.pt, plain tensors and values, whole or not at all: a kill leaves no half. A
-    trained teacher is not in it, a random one is."""
-    weights = {k: v for k, v in detector.state_dict().items()
-               if detector.teacher.random or not k.startswith("teacher.")}
+def teacher_features(detector: nn.Module, samples: list[Sample],
+                     batches: list[list[int]]) -> Iterator[list[Tensor]]:
+    """Yield the teacher's features of each batch, a list of indices of samples. They are computed
+    once [ours] D2, or with --no-cache anew for every batch.
+
+    Training uses no augmentation, so every epoch would compute the same again. They stay in one
+    float16 array (N, values per image) in an unnamed file in --out. The system keeps as much of it
+    in memory as fits, and it goes with the process, even a killed one, so it can never be stale.
+    Raises UserError if the disk is too small.
+    """
+    teacher = detector.teacher
+    if not detector.cfg.cache:
+        for x in image_batches(detector, samples, batches):
+            yield teacher(x)
+        return
+
+    first = teacher(next(image_batches(detector, samples, [[0]])))
+    shapes = [f.shape[1:] for f in first]
+    sizes = [f.numel() for f in first]
+    folder = detector.cfg.out
+    needed = 2 * sum(sizes) * len(samples)  # two bytes a value
+    if shutil.disk_usage(folder).free < needed:
+        raise UserError(f"{folder} lacks the {needed / 2**30:.1f} GiB of a cache; use --no-cache")
+    file = tempfile.TemporaryFile(dir=folder)
+    for x in image_batches(detector, samples):  # written and then mapped: a full disk says so
+        rows = torch.cat([f.flatten(1) for f in teacher(x)], dim=1)
+        rows.cpu().numpy().tofile(file)
+    array = np.memmap(file, np.float16, "r", shape=(len(samples), sum(sizes)))
+
+    device = first[0].device
+    for rows in batches:
+        values = torch.from_numpy(array[rows])
+        if device.type == "cuda":
+            values = values.pin_memory()  # so that it is copied while the GPU computes
+        parts = values.to(device, non_blocking=True).split(sizes, dim=1)
+        yield [part.unflatten(1, shape) for part, shape in zip(parts, shapes)]
+
+
+def save_checkpoint(detector: nn.Module, checkpoint: dict) -> None:
+    """Add settings and weights to a checkpoint and write it to checkpoint.pt, whole or not at all:
+    a kill leaves no half. A trained teacher is not in it, a random one is."""
+    checkpoint["config"] = asdict(detector.cfg)
+    checkpoint["weights"] = {}
+    for name, part in detector.named_children():
+        if name != "teacher" or part.random:
+            checkpoint["weights"][name] = part.state_dict()
     path = Path(detector.cfg.out, "checkpoint.pt")
-    torch.save(content | {"config": asdict(detector.cfg), "weights": weights}, f"{path}.partial")
+    torch.save(checkpoint, f"{path}.partial")
     os.replace(f"{path}.partial", path)
+
+
+def load_weights(detector: nn.Module, checkpoint: dict) -> None:
+    """Put the weights of a checkpoint into the detector. Raises UserError if they do not fit it."""
+    for name, weights in checkpoint["weights"].items():
+        try:
+            detector.get_submodule(name).load_state_dict(weights)
+        except RuntimeError:
+            raise UserError(f"the checkpoint's {name} does not fit; drop the flags that change its "
+                            "shape")
 # ==== end shared
 
 
 # ==== shared: data
-SUFFIXES = {s for s, f in Image.registered_extensions().items() if f in Image.OPEN}
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One image. `cls` serves the report and the oracle only; no model ever sees it."""
-
-    path: Path
-    cls: str = ""
-    label: int = 0  # 1 anomalous: from the folder (a resized mask can lose a tiny defect)
-    mask: Path | None = None
+SUFFIXES = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 
 def images_in(folder: Path, pattern: str = "*") -> list[Path]:
     """Image files in name order, without hidden ones (macOS leaves some)."""
-    return sorted(p for p in folder.glob(pattern)
-                  if p.suffix.lower() in SUFFIXES and p.name[0] != ".")
+    found = [p for p in folder.glob(pattern) if p.suffix.lower() in SUFFIXES]
+    return sorted(p for p in found if not p.name.startswith("."))
+
+
+def read_dataset(root: Path) -> tuple[list[Sample], list[Sample]]:
+    """(train, test) samples of a data set. Every file is decoded once: a broken one must stop the
+    run before the training and not after. Raises UserError that says what is wrong."""
+    if not root.is_dir():
+        raise UserError(f"--data {root}: no such folder")
+    if (root / "split_csv/1cls.csv").is_file():
+        train, test = read_visa(root)
+    else:
+        train, test = read_mvtec(root)
+    if not train:
+        raise UserError(f"--data {root}: no training images; put them in <class>/train/good")
+    with ThreadPoolExecutor() as pool:  # threads suffice: Pillow decodes without Python's lock
+        checks = pool.map(check_files, train + test)
+        for _ in tqdm(checks, "checking images", len(train + test), leave=False, disable=None):
+            pass
+    return train, test
+
+
+def check_files(sample: Sample) -> None:
+    """Raises UserError if image or mask cannot be read, or the two differ in size."""
+    width, height = load_image(sample.path).size
+    if sample.mask and load_mask(sample.mask).size != (width, height):
+        raise UserError(f"mask {sample.mask} is not as large as its image, {width} x {height}")
 
 
 def read_mvtec(root: Path) -> tuple[list[Sample], list[Sample]]:
     """Read an MVTec-style tree, <class>/{train/good,test/<kind>,ground_truth/<kind>}/*, or the
-    folder of a single class. A mask goes with the image of its stem, `000_mask` or `000` with
-    `000`; sort order decides nothing. Raises UserError where one lacks the other."""
-    classes = [root] if (root / "train").is_dir() else [p.parent for p in root.glob("*/train")]
-    has_masks, train, test = any(images_in(d, "ground_truth/*/*") for d in classes), [], []
-    for d in sorted(classes):
-        normal = images_in(d / "train/good")
+    folder of a single class.
+
+    The mask of 000.png is `000_mask` or `000`, with any suffix: names decide, never sort order.
+    Raises UserError where there are masks and an image or a mask has no partner.
+    """
+    folders = sorted(p.parent for p in root.glob("*/train"))
+    if (root / "train").is_dir():
+        folders = [root]
+    has_masks = any(images_in(folder, "ground_truth/*/*") for folder in folders)
+    train, test = [], []
+    for folder in folders:
+        cls = folder.name.encode(errors="replace").decode()  # printable, whatever the system wrote
+        normal = images_in(folder / "train/good")
         if not normal:
-            raise UserError(f"no training images in {d / 'train/good'}; put normal images there")
-        train += [Sample(p, d.name) for p in normal]
-        for kind in sorted({p.name for p in (*d.glob("test/*"), *d.glob("ground_truth/*"))}):
-            images, masks = (images_in(d / part / kind) for part in ("test", "ground_truth"))
-            masks, label = {p.stem.removesuffix("_mask"): p for p in masks}, int(kind != "good")
-            odd = masks.keys() ^ {p.stem for p in images}
-            if odd and label and has_masks:
-                raise UserError(f"{d / 'ground_truth' / kind}: no mask for, or no image of, {kind}/"
-                                f"{min(odd)}; add it, or remove all ground_truth")
-            test += [Sample(p, d.name, label, masks.get(p.stem)) for p in images]
+            raise UserError(f"no training images in {folder / 'train/good'}; put normal ones there")
+        train += [Sample(path, cls) for path in normal]
+
+        kinds = {p.name for p in [*folder.glob("test/*"), *folder.glob("ground_truth/*")]}
+        for kind in sorted(kinds):
+            images = images_in(folder / "test" / kind)
+            masks = {}
+            for path in images_in(folder / "ground_truth" / kind):
+                masks[path.stem.removesuffix("_mask")] = path
+            label = int(kind != "good")
+            if label and has_masks:
+                stems = {path.stem for path in images}
+                for stem in sorted(stems - masks.keys()):
+                    raise UserError(f"no mask in {folder / 'ground_truth' / kind} for {stem}; add "
+                                    "it, or remove all ground_truth")
+                for stem in sorted(masks.keys() - stems):
+                    raise UserError(f"no image in {folder / 'test' / kind} for {masks[stem]}")
+            test += [Sample(path, cls, label, masks.get(path.stem)) for path in images]
     return train, test
 
 
 def read_visa(root: Path) -> tuple[list[Sample], list[Sample]]:
-    """Read the raw VisA archive by its own split file."""
+    """Read the raw VisA archive by its own split file, with columns object, split, label, image and
+    mask."""
     splits = {"train": [], "test": []}
     with open(root / "split_csv/1cls.csv", newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            label, mask = int(row["label"] != "normal"), root / row["mask"]
-            splits[row["split"]].append(Sample(root / row["image"], row["object"], label,
-                                               mask if label else None))
+            label = int(row["label"] != "normal")
+            mask = root / row["mask"] if label else None
+            splits[row["split"]].append(Sample(root / row["image"], row["object"], label, mask))
     return splits["train"], splits["test"]
 
 
-def read_dataset(root: Path) -> tuple[list[Sample], list[Sample]]:
-    """(train, test) samples of a data set. Every file is decoded: a broken one must stop the run
-    before the training and not after. Raises UserError that says what is wrong."""
-    def check(s: Sample) -> None:
-        width, height = load_image(s.path).size
-        if s.mask and load_image(s.mask, mask=True).size != (width, height):
-            raise UserError(f"mask {s.mask} is not as large as its image ({width} x {height})")
-    if not root.is_dir():
-        raise UserError(f"--data {root}: no such folder")
-    train, test = (read_visa if (root / "split_csv/1cls.csv").is_file() else read_mvtec)(root)
-    if not train:
-        raise UserError(f"--data {root}: no training images; put them in <class>/train/good")
-    with ThreadPoolExecutor() as pool:  # threads suffice: Pillow decodes without the GIL
-        found = pool.map(check, train + test)
-        list(tqdm(found, "checking images", len(train + test), False, disable=None))
-    return train, test
-
-
-def load_image(path: Path, mask: bool = False) -> Image.Image:
-    """Any image file as 8-bit RGB, upright; a mask with one channel, 0 where there is no defect.
-    Raises UserError if it cannot be read."""
+def open_image(path: Path) -> Image.Image:
+    """An image file, decoded and upright. Raises UserError if it cannot be read."""
     try:
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
+            return ImageOps.exif_transpose(image)
     except Exception as e:  # Pillow's readers raise many kinds for a broken file
         raise UserError(f"cannot read image {path}: {e}; repair, replace or remove it")
-    if mask and len(image.getbands()) == 1:  # VisA's are indices 1-9
-        return image
-    if image.mode.startswith("I"):  # 16-bit grey: convert() alone would clip it to white
+
+
+def load_image(path: Path) -> Image.Image:
+    """Any image file as 8-bit RGB. Raises UserError if it cannot be read."""
+    image = open_image(path)
+    if image.mode.startswith("I"):  # 16-bit grey, which convert() alone would clip to white
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB").convert("L" if mask else "RGB")
+    return image.convert("RGB")
 
 
-def load_masks(samples: list[Sample], size: int) -> Tensor | None:
-    """Ground truth as (N, size, size) bool, or None for a set without masks.
+def load_mask(path: Path) -> Image.Image:
+    """A mask as a black and white image: what is not 0 is defective. MVTec AD's masks hold 255
+    there and VisA's numbers from 1 to 9; some people's are coloured. [ours] D20"""
+    image = open_image(path)
+    if len(image.getbands()) > 1:
+        image = image.convert("L")
+    return Image.fromarray(np.asarray(image) != 0)
 
-    Binarised first and resized (nearest neighbour) after: the other way round thin defects blur.
+
+def load_masks(samples: list[Sample], size: int) -> np.ndarray | None:
+    """Ground truth as bool (N, size, size), or None for a set without masks.
+
+    Binarised first and resized (nearest neighbour) after it: the other way round thin defects blur.
     """
+    if not any(s.mask for s in samples):
+        return None
     masks = np.zeros((len(samples), size, size), bool)
-    for mask, s in zip(masks, samples):
+    for i, s in enumerate(samples):
         if s.mask:
-            full = Image.fromarray(np.asarray(load_image(s.mask, mask=True)) != 0)
-            mask[:] = full.resize((size, size), Image.NEAREST)
-    return torch.from_numpy(masks) if any(s.mask for s in samples) else None
+            masks[i] = load_mask(s.mask).resize((size, size), Image.NEAREST)
+    return masks
 
 
 def load_batch(preprocess: Callable, samples: list[Sample]) -> Tensor:
@@ -717,234 +862,302 @@ def load_batch(preprocess: Callable, samples: list[Sample]) -> Tensor:
     return torch.stack([preprocess(load_image(s.path)) for s in samples])
 
 
-def image_batches(detector: nn.Module, samples: list[Sample], rows: list | None = None) -> Iterator:
-    """Yield preprocessed images (B, 3, S, S), in order or by lists of indices, on the detector's
-    device. The loader's generator is its own: it must draw nothing from the one of training."""
-    cfg, device = detector.cfg, next(detector.parameters()).device
-    how = {"batch_size": cfg.batch_size} if rows is None else {"batch_sampler": rows}
-    loader = DataLoader(samples, collate_fn=partial(load_batch, detector.preprocess), **how,
-                        num_workers=min(cfg.workers, os.cpu_count() or 1),
-                        pin_memory=device.type == "cuda", generator=torch.Generator())
-    for x in tqdm(loader, "images", disable=None if rows is None else True, leave=False):
-        yield x.to(device, memory_format=torch.channels_last, non_blocking=True)
+def image_batches(detector: nn.Module, samples: list[Sample],
+                  batches: list[list[int]] | None = None) -> Iterator[Tensor]:
+    """Yield preprocessed images (B, 3, S, S) on the detector's device: these batches of indices, or
+    if there are none all samples in order, with a progress bar."""
+    cfg = detector.cfg
+    device = next(detector.parameters()).device
+    bar_off = True  # the training has a bar of its own
+    if batches is None:
+        batches = [rows.tolist() for rows in torch.arange(len(samples)).split(cfg.batch_size)]
+        bar_off = None  # tqdm: off where the output is no terminal
+    workers = min(cfg.workers, os.cpu_count() or 1)
+    if len(batches) == 1:  # to start a process would take longer
+        workers = 0
+    loader = DataLoader(
+        samples, batch_sampler=batches, collate_fn=partial(load_batch, detector.preprocess),
+        num_workers=workers, pin_memory=device.type == "cuda",
+        generator=torch.Generator())  # its own: it must draw nothing from that of the training
+    for x in tqdm(loader, "images", leave=False, disable=bar_off):
+        yield x.to(device, non_blocking=True)
 # ==== end shared
 
 
 # ==== shared: metrics
-def ranking_metrics(kind: str, values: Tensor, positive: Tensor) -> dict[str, float]:
-    """<kind>-AUROC, -AP and -F1max in 0..1 of values (N, ...) with bool labels of the same shape;
-    for pixels, kind "P", (N, H, W), also AUPRO. {} if one label is missing.
+def area_under(x: np.ndarray, y: np.ndarray, limit: float = 1.0) -> float:
+    """Area under the curve through points (x, y), x rising, from 0 to `limit`, divided by it: 1 is
+    perfect. Between two points, and at the limit, it runs on a straight line."""
+    inside = x <= limit
+    end = np.interp(limit, x, y)
+    return float(np.trapezoid(np.append(y[inside], end), np.append(x[inside], limit)) / limit)
 
-    All come from one sort, and every distinct value is a threshold. True positives change only at
-    values of positives, which are few among pixels: these alone give the exact curves, if one knows
-    how many values lie above each. AUPRO is the mean overlap with the 8-connected regions of the
-    ground truth against the pixel false-positive rate, up to 0.3. Sums are float64: float32 loses
-    integers above 2^24. Memory: 12 bytes a pixel if 2 % are anomalous, 20 if 7 %.
+
+def ranking_metrics(kind: str, scores: np.ndarray, positive: np.ndarray) -> dict[str, float]:
+    """<kind>-AUROC, <kind>-AP and <kind>-F1max in 0..1 of scores with bool labels of the same
+    shape; for pixels, kind "P", (N, H, W), also AUPRO. {} if all labels are equal.
+
+    Exact: every distinct score is a threshold. But between two scores of positives only the number
+    of false positives changes, so the scores of positives, few among pixels, give all the points
+    that are needed: one where their threshold lets all above it pass, and one where it lets them
+    pass too. Memory: 12 bytes a pixel if 2 % are anomalous, 20 if 7 %.
+
+    AUPRO is the area under a ROC curve in which a defective pixel weighs 1 / (area of its region),
+    so that each 8-connected region counts once, however large; up to a false-positive rate of 0.3.
     """
-    n, positives = values.numel(), int(positive.sum())
-    if not 0 < positives < n:
+    positives = np.count_nonzero(positive)
+    negatives = positive.size - positives
+    if positives == 0 or negatives == 0:
         return {}
-    every = torch.from_numpy(np.sort(values.numpy(), axis=None))  # NumPy's is the fastest sort here
-    at, order = values[positive].sort(descending=True)
-    ends = torch.cat([at[1:] != at[:-1], torch.tensor([True])])  # of runs of equal values
-    tp = ends.nonzero()[:, 0].double() + 1
-    flagged, before = (n - torch.searchsorted(every, at[ends], right=right).double()
-                       for right in (False, True))  # values >= and > each threshold
-    rise = tp.diff(prepend=tp.new_zeros(1))
-    start, end = (before - tp + rise) / (n - positives), (flagged - tp) / (n - positives)
 
-    def area(rise: Tensor, limit: float) -> float:
-        """Under the curve that rises so much, on straight lines, while the false-positive rate goes
-        from `start` to `end`: each rise counts over what is left from there to `limit`."""
-        b, e = (limit - start).clamp(min=0), (limit - end).clamp(min=0)
-        inside = torch.where(end > start, (b - e) / (end - start), 1)  # the part below the limit
-        return (rise * inside * (b + e) / 2).sum().item()
-    found = {f"{kind}-AUROC": area(rise / positives, 1.0),
-             f"{kind}-AP": (rise * tp / flagged).sum().item() / positives,
-             f"{kind}-F1max": (2 * tp / (flagged + positives)).max().item()}
+    ranked = np.sort(scores, axis=None)
+    ranked_positive = np.sort(scores[positive])
+    thresholds = np.unique(ranked_positive)[::-1]
+    # How many pixels, and how many true positives, are > each threshold, and >= it.
+    flagged_above = scores.size - np.searchsorted(ranked, thresholds, side="right")
+    flagged = scores.size - np.searchsorted(ranked, thresholds, side="left")
+    tp_above = positives - np.searchsorted(ranked_positive, thresholds, side="right")
+    tp = positives - np.searchsorted(ranked_positive, thresholds, side="left")
+
+    def curve(above: np.ndarray, at: np.ndarray) -> np.ndarray:
+        """The two points of each threshold one after the other, between the corners 0 and 1."""
+        return np.concatenate([[0], np.stack([above, at], axis=1).ravel(), [1]])
+
+    fpr = curve((flagged_above - tp_above) / negatives, (flagged - tp) / negatives)
+    tpr = curve(tp_above / positives, tp / positives)
+    metrics = {f"{kind}-AUROC": area_under(fpr, tpr),
+               f"{kind}-AP": float(np.sum((tp - tp_above) / positives * tp / flagged)),
+               f"{kind}-F1max": float(np.max(2 * tp / (flagged + positives)))}
     if kind == "P":
-        touch = np.zeros((3, 3, 3)) + [[[0]], [[1]], [[0]]]  # 8 neighbours, none in another image
-        region = ndimage.label(positive.numpy(), touch)[0][positive.numpy()]
-        weights = torch.from_numpy(1 / np.bincount(region)[region])  # each region weighs 1 in all
-        overlap = weights[order].cumsum(0)[ends] / weights.sum()
-        found["AUPRO"] = area(overlap.diff(prepend=overlap.new_zeros(1)), 0.3) / 0.3
-    return found
+        neighbours = np.zeros((3, 3, 3))
+        neighbours[1] = 1  # the 8 around a pixel, and none in another image
+        regions, count = ndimage.label(positive, neighbours)
+        region = regions[positive]
+        weight = 1 / np.bincount(region)[region]
+        highest_first = np.argsort(scores[positive])[::-1]
+        overlap = np.append(0, weight[highest_first].cumsum()) / count  # of the k highest, k >= 0
+        metrics["AUPRO"] = area_under(fpr, curve(overlap[tp_above], overlap[tp]), 0.3)
+    return metrics
 
 
-def summarise(scores: Tensor, labels: np.ndarray, classes: np.ndarray, maps: Tensor,
-              masks: Tensor | None) -> dict[str, dict[str, float]]:
+def summarise(scores: np.ndarray, labels: np.ndarray, classes: np.ndarray, maps: np.ndarray,
+              masks: np.ndarray | None) -> dict[str, dict[str, float]]:
     """All metrics by both protocols: {class: {}, ..., "class mean": {}, "pooled": {}}.
 
     pooled: all classes in one ranking, as one threshold sees them (absolute-unified).
     class mean: a ranking per class, then the unweighted mean (model-unified), which allows each
     class a threshold of its own, so that a difference in level costs nothing. A class without good
-    or without defective images has no such metric and does not count.
+    or without defective images has no such metric, and does not count.
     """
     def metrics(rows: np.ndarray) -> dict[str, float]:
-        found = ranking_metrics("I", scores[rows], torch.from_numpy(labels[rows]) == 1)
-        return found if masks is None else found | ranking_metrics("P", maps[rows], masks[rows])
-    found = {c: metrics(np.flatnonzero(classes == c)) for c in sorted(set(classes))}
-    pooled = metrics(np.arange(len(scores)))
-    values = {m: [f[m] for f in found.values() if m in f] for m in pooled}
-    mean = {m: float(np.mean(v)) for m, v in values.items() if v}
-    return found | {"class mean": mean, "pooled": pooled}
+        found = ranking_metrics("I", scores[rows], labels[rows] == 1)
+        if masks is not None:
+            found |= ranking_metrics("P", maps[rows], masks[rows])
+        return found
+
+    results = {str(c): metrics(classes == c) for c in np.unique(classes)}
+    pooled = metrics(np.ones(len(scores), bool))
+    mean = {}
+    for name in pooled:
+        values = [found[name] for found in results.values() if name in found]
+        if values:
+            mean[name] = float(np.mean(values))
+    return results | {"class mean": mean, "pooled": pooled}
 # ==== end shared
 
 
 # ==== shared: report
-def report(cfg: Config, content: dict, samples: list[Sample], maps: dict[str, Tensor],
-           layers: dict) -> tuple[dict, dict]:
-    """Write and print how well maps {variant: (N, S, S)} tell good from defective samples.
-    Returns the image scores and the metrics, by variant.
+MOST_CLASSES = 12  # that a picture shows
 
-    content["thresholds"]: {variant: threshold} of those to draw, the last of which decides; layers:
-    more rows of plot_heatmaps(). No number here has been chosen by a test label, the maxima of F1
-    apart, which say what the best threshold would have been.
+
+@dataclass
+class Layer:
+    """A row of heatmaps.png: pictures by sample, whose values low..high are drawn in `colours`."""
+
+    name: str
+    pictures: Tensor | np.ndarray | dict  # (N, h, w), or {index: image}
+    low: float
+    high: float
+    colours: str | Colormap
+
+
+def report(cfg: Config, samples: list[Sample], maps: dict[str, Tensor],
+           thresholds: dict[str, float], decides: str, layers: list[Layer]) -> tuple[dict, dict]:
+    """Print and write how well maps {variant: (N, S, S)} tell good from defective samples. Returns
+    image scores (N,) and metrics, both by variant.
+
+    thresholds: by variant, of which `decides` is the one that flags images; layers: more rows for
+    heatmaps.png. No number here was chosen by a test label, except for the maxima of F1, which say
+    what the best threshold would have been.
     """
-    thresholds = content["thresholds"]
-    out, (name, threshold) = Path(cfg.out), [*thresholds.items()][-1]
-    labels, classes = (np.array([getattr(s, what) for s in samples]) for what in ("label", "cls"))
-    masks = load_masks(samples, maps[name].shape[-1])
-    scores = {v: image_score(m) for v, m in maps.items()}
-    results = {v: summarise(scores[v], labels, classes, m, masks) for v, m in maps.items()}
-    flagged = (scores[name] > threshold).numpy()
-    columns = scores | {"anomalous": flagged}
-    with open(out / "scores.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([["path", "class", "label", *columns]] + [
-            [s.path, s.cls, s.label, *(v.item() for v in values)]
-            for s, *values in zip(samples, *columns.values())])
-    (out / "metrics.json").write_text(json.dumps({
-        "config": asdict(cfg), "thresholds": thresholds, "results": results}, indent=2) + "\n")
-    plot_heatmaps(out / "heatmaps.png", samples, masks, {
-        f"{v} map": (maps[v], 0, 2 * t, "inferno") for v, t in thresholds.items()} | layers)
-    width, names = max(map(len, results[name])), results[name]["pooled"]
-    print(" " * (width + 9) + "".join(f"{m:>9}" for m in names))
-    for part, v in ((part, v) for part in results[name] for v in results):
-        print(f"{part:<{width}}  {v:<7}" + "".join(
-            f"{100 * results[v][part].get(m, math.nan):>9.1f}" for m in names))
-    good, bad = flagged[labels == 0], flagged[labels == 1]
-    print(f"threshold {threshold:.4f}: flags {good.sum()} of {len(good)} good and {bad.sum()} of "
-          f"{len(bad)} defective test images; more in {out}")
+    labels = np.array([s.label for s in samples])
+    classes = np.array([s.cls for s in samples])
+    masks = load_masks(samples, maps[decides].shape[-1])
+    scores = {}
+    results = {}
+    for variant, m in maps.items():
+        scores[variant] = image_score(m).numpy()
+        results[variant] = summarise(scores[variant], labels, classes, m.numpy(), masks)
+    flagged = scores[decides] > thresholds[decides]
+
+    print_table(results)
+    good = flagged[labels == 0]
+    bad = flagged[labels == 1]
+    print(f"threshold {thresholds[decides]:.4f}: flags {good.sum()} of {len(good)} good and "
+          f"{bad.sum()} of {len(bad)} defective test images; more in {cfg.out}")
+    write_scores(Path(cfg.out, "scores.csv"), samples, scores, flagged)
+    write_metrics(Path(cfg.out, "metrics.json"), cfg, thresholds, results)
+    rows = [Layer(f"{v} map", maps[v], 0, 2 * t, "inferno") for v, t in thresholds.items()]
+    plot_heatmaps(Path(cfg.out, "heatmaps.png"), samples, masks, rows + layers)
     return scores, results
 
 
-def plot_heatmaps(path: Path, samples: list[Sample], masks: Tensor | None, layers: dict) -> None:
-    """A column a class: its middle good and its middle defective image (nobody picked them), each
-    above its `layers`, {name: (maps (N, h, w), low, high, colours)}.
+def print_table(results: dict) -> None:
+    """A line for each class, the class mean and the pooled metrics, of each variant; in %."""
+    parts = next(iter(results.values()))
+    names = list(parts["pooled"])
+    width = max(len(part) for part in parts)
+    print(" " * (width + 9) + "".join(f"{name:>9}" for name in names))
+    for part in parts:
+        for variant in results:
+            values = [100 * results[variant][part].get(name, math.nan) for name in names]
+            print(f"{part:<{width}}  {variant:<7}" + "".join(f"{v:>9.1f}" for v in values))
 
-    Every row of maps has one fixed scale, the bar at its right: scaling each image by itself would
+
+def write_scores(path: Path, samples: list[Sample], scores: dict[str, np.ndarray],
+                 flagged: np.ndarray) -> None:
+    """One row an image. A file name that is no UTF-8 is written as the system has it."""
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "class", "label", *scores, "anomalous"])
+        for i, s in enumerate(samples):
+            values = [scores[variant][i] for variant in scores]
+            writer.writerow([s.path, s.cls, s.label, *values, flagged[i]])
+
+
+def write_metrics(path: Path, cfg: Config, thresholds: dict[str, float], results: dict) -> None:
+    """Everything needed to quote a number: settings, thresholds, metrics in 0..1."""
+    content = {"config": asdict(cfg), "thresholds": thresholds, "results": results}
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def plot_heatmaps(path: Path, samples: list[Sample], masks: np.ndarray | None,
+                  layers: list[Layer]) -> None:
+    """A column a class, at most 12: its middle good and its middle defective image (nobody picked
+    them), each above its layers.
+
+    Every row of maps has one fixed scale, the bar at its right: to scale each image by itself would
     paint good images red.
     """
-    classes, lines = sorted({s.cls for s in samples}), []
-    for label, kind in enumerate(("good", "defective")):
-        rows_of = [[i for i, s in enumerate(samples) if (s.cls, s.label) == (c, label)]
-                   for c in classes]
-        shown = {k: rows[len(rows) // 2] for k, rows in enumerate(rows_of) if rows}
+    classes = sorted({s.cls for s in samples})[:MOST_CLASSES]
+    rows = []  # (layer, {column: index of the sample that it shows})
+    for label, kind in ((0, "good"), (1, "defective")):
+        shown = {}
+        for column, cls in enumerate(classes):
+            found = [i for i, s in enumerate(samples) if (s.cls, s.label) == (cls, label)]
+            if found:
+                shown[column] = found[len(found) // 2]
         images = {i: load_image(samples[i].path).resize((160, 160)) for i in shown.values()}
-        truth = {"ground truth": (masks, 0, 1, "gray")} if label and masks is not None else {}
-        lines += [(shown, *line) for line in (
-            {f"{kind} image": (images, 0, 255, "gray")} | truth | layers).items() if shown]
-    figure = Figure(figsize=(1.3 * len(classes) + 2, 1.3 * len(lines) + 0.3), layout="constrained")
-    axes = figure.subplots(len(lines), len(classes), squeeze=False)
-    for cells, (shown, name, (maps, low, high, colours)) in zip(axes, lines):
-        for k, ax in enumerate(cells):
+        of_this_kind = [Layer(f"{kind} image", images, 0, 255, "gray")]
+        if label and masks is not None:
+            of_this_kind.append(Layer("ground truth", masks, 0, 1, "gray"))
+        if shown:
+            rows += [(layer, shown) for layer in of_this_kind + layers]
+
+    size = (1.3 * len(classes) + 2, 1.3 * len(rows) + 0.3)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(len(rows), len(classes), squeeze=False)
+    for axes, (layer, shown) in zip(grid, rows):
+        for column, ax in enumerate(axes):
             ax.set(xticks=[], yticks=[], frame_on=False)
-            if k in shown:
-                drawn = ax.imshow(np.asarray(maps[shown[k]]), cmap=colours, vmin=low, vmax=high)
-        cells[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=12)
-        figure.colorbar(drawn, ax=[*cells], aspect=10).ax.set_visible(colours != "gray")
-    for ax, name in zip(axes[0], classes):
-        ax.set_title(name, fontsize=12)
+            if column in shown:
+                picture = np.asarray(layer.pictures[shown[column]])
+                drawn = ax.imshow(picture, cmap=layer.colours, vmin=layer.low, vmax=layer.high)
+        axes[0].set_ylabel(layer.name, rotation=0, ha="right", va="center", fontsize=12)
+        bar = figure.colorbar(drawn, ax=list(axes), aspect=10)
+        bar.ax.set_visible(layer.colours != "gray")
+    for ax, cls in zip(grid[0], classes):
+        ax.set_title(cls, fontsize=12, parse_math=False)
     figure.savefig(path, dpi=150, bbox_inches="tight", facecolor="white")
 
 
-def write_predictions(cfg: Config, content: dict, paths: list[str], score: Callable) -> None:
-    """For each image of PATH ... a line of JSON, and the image with its heat map on it.
+def write_predictions(cfg: Config, threshold: float, anomaly_maps: Callable) -> None:
+    """For each image that the command line names: a line of JSON, and the image with its heat map
+    on it. anomaly_maps: samples -> smoothed maps (N, S, S).
 
-    score: samples -> smoothed maps {variant: (N, S, S)}. A map's value of 0 is clear, twice the
-    threshold the hottest, in every image: one fixed scale.
+    A map's value of 0 is clear and twice the threshold is the hottest, in every image.
     """
-    variant, threshold = [*content["thresholds"].items()][-1]
-    threshold, cfg.workers = cfg.threshold or threshold, 0  # a process an image would cost more
-    files = [p for path in map(Path, paths)
-             for p in (images_in(path, "**/*") if path.is_dir() else [path])]
+    files = []
+    for path in map(Path, cfg.paths):
+        files += images_in(path, "**/*") if path.is_dir() else [path]
     if not files:
-        raise UserError(f"no images in {', '.join(paths)}; name an image or a folder of images")
+        raise UserError(f"no images in {', '.join(cfg.paths)}; name an image or a folder of images")
+    if cfg.threshold is not None:
+        threshold = cfg.threshold
     folder = Path(cfg.out, "predict")
     folder.mkdir(parents=True, exist_ok=True)
     for i, path in enumerate(files):
-        amap, image = score([Sample(path)])[variant], load_image(path)
-        value, heat = image_score(amap).item(), (amap[0] / (2 * threshold)).clamp(0, 1).numpy()
-        overlay = Image.fromarray(colormaps["inferno"](heat, alpha=0.8 * heat, bytes=True))
-        overlay, target = overlay.resize(image.size), folder / f"{i:04}-{path.name}.png"
-        image.paste(overlay, (0, 0), overlay)
+        amap = anomaly_maps([Sample(path)])
+        score = image_score(amap).item()
+
+        heat = (amap[0] / (2 * threshold)).clamp(0, 1).numpy()
+        colours = colormaps["inferno"](heat, alpha=0.8 * heat, bytes=True)  # (S, S, RGBA)
+        image = load_image(path)
+        overlay = Image.fromarray(colours).resize(image.size)
+        image.paste(overlay, mask=overlay)
+        target = folder / f"{i:04}-{path.name}.png"
         image.save(target)
-        print(json.dumps({"path": str(path), "score": value, "threshold": threshold,
-                          "anomalous": value > threshold, "overlay": str(target)}))
+        print(json.dumps({"path": str(path), "score": score, "threshold": threshold,
+                          "anomalous": score > threshold, "overlay": str(target)}))
 # ==== end shared
 
 
 # ==== shared: command line and device
-class UserError(Exception):
-    """A mistake the user can mend. main() prints its one line and exits with code 2."""
+def read_command_line(argv: list[str] | None, published: Config, demo: dict,
+                      visa: dict) -> tuple[Config, dict | None]:
+    """The settings, and the checkpoint if one is to be read. Raises UserError for one that cannot.
 
-
-class Parser(argparse.ArgumentParser):
-    """argparse that reports a wrong flag in one line, like every other mistake."""
-
-    def error(self, message: str) -> None:
-        raise UserError(f"{message}; see --help")
-
-
-def read_command_line(argv: list[str] | None, config: type, description: str,
-                      *parents: Parser) -> tuple[str, list[str], Config, dict]:
-    """[train|eval|predict] [PATH ...] [--flag value ...] -> command, paths, settings, and the
-    content of the checkpoint if one is read. Raises UserError for what will not do.
-
-    The flags are the fields of `config`, each with its comment as help. What shapes the model or
-    its numbers comes from the checkpoint where there is one.
+    tyro makes a flag of each field of Config, and its help of the comment beside it. The command
+    line is read twice: first to learn where the defaults come from, then with these defaults, so
+    that a flag goes before everything. They come from the checkpoint, else from the data set
+    (`demo`, `visa`), else they are the `published` ones.
     """
-    parser = Parser(description=description, parents=parents, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", nargs="?", default="train", help="train, eval or predict")
-    parser.add_argument("paths", nargs="*", metavar="PATH", help="predict: images or folders")
-    comments = dict(re.findall(r"^    (\w+): .*?#(.*\n(?: +#.*\n)*)", getsource(config), re.M))
-    for f in fields(config):
-        kind = {"type": {"int": int, "float": float}.get(f.type, str)}
-        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=(
-            re.sub(r"[\s#]+", " ", comments[f.name]).replace("%", "%%") +
-            f"(default: {f.default})" * (str(f.default) not in ("", "False", "None"))),
-            **{"action": "store_true"} if f.type == "bool" else kind)
-    given = {"resume": False, "base": None} | vars(parser.parse_intermixed_args(argv))
-    command, paths, resume, _ = (given.pop(k) for k in ("command", "paths", "resume", "base"))
-    if command not in ("train", "eval", "predict") or bool(paths) != (command == "predict"):
-        raise UserError(f"{command} {' '.join(paths)}: use train, eval, or predict with images")
-    out = given.get("out", Config.out)
-    path = given.pop("checkpoint", f"{out}/checkpoint.pt" * (resume or command != "train"))
-    if not path:
-        folders = [HERE / "data" / name for name in ("mvtec", "visa", "demo")]
-        root = Path(given.get("data") or next(d for d in folders if d.is_dir())).resolve()
-        preset = config.DEMO if root == folders[2].resolve() else (
-            config.VISA if (root / "split_csv/1cls.csv").is_file() else {})
+    sys.stdout.reconfigure(errors="replace")  # for names that the console cannot print
+    config = type(published)
+    cfg = tyro.cli(config, args=argv, default=published)
+    if (cfg.command == "predict") != bool(cfg.paths):
+        raise UserError(f"{cfg.command}: name images after predict, and only there")
+
+    if cfg.command == "train" and not cfg.resume and not cfg.checkpoint:
+        folders = [HERE / "data/mvtec", HERE / "data/visa", HERE / "data/demo"]
+        existing = [folder for folder in folders if folder.is_dir()]
+        root = Path(cfg.data or existing[0]).resolve()
         print(f"data: {root}; data/README.md tells where to get others", file=sys.stderr)
-        return command, [], config(**preset | given | {"out": out, "data": str(root)}), {}
-    free = {"out", "device", "workers", "cache", *{  # a batch of another size: another training
-        "train": "", "eval": "batch_size data", "predict": "batch_size threshold"}[command].split()}
-    for name in given.keys() - free:
-        raise UserError(f"--{name.replace('_', '-')}: comes from {path}; drop it")
-    out = {"out": Config.out if command == "train" and not resume else str(Path(path).parent)}
+        preset = {}
+        if root == folders[2]:
+            preset = demo
+        elif (root / "split_csv/1cls.csv").is_file():
+            preset = visa
+        defaults = replace(published, data=str(root), **preset)
+        return tyro.cli(config, args=argv, default=defaults), None
+
+    path = Path(cfg.checkpoint or Path(cfg.out, "checkpoint.pt"))
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        return command, paths, config(**content["config"] | out | given), content
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        defaults = config(**checkpoint["config"])
     except Exception as e:  # no such file, no checkpoint, a malicious one, another script's, ...
         raise UserError(f"--checkpoint {path}: {str(e)[:100]}; name one that this script (and "
                         "--base) wrote, or train first")
+    out = published.out if cfg.command == "train" and not cfg.resume else str(path.parent)
+    defaults = replace(defaults, out=out)
+    return tyro.cli(config, args=argv, default=defaults), checkpoint
 
 
 def choose_device(name: str) -> torch.device:
     """Turn --device into a torch device, under torchrun each process into its own. Raises UserError
     if this machine does not have it."""
-    name = {"auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(name, name)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cpu", "cuda", "mps") or not torch.get_device_module(name).is_available():
         raise UserError(f"--device {name}: not on this machine; use --device auto")
     if name == "cuda":
@@ -952,48 +1165,77 @@ def choose_device(name: str) -> torch.device:
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
         torch.backends.cudnn.deterministic = True  # convolutions repeat; not all else does
     return torch.device(name)
-
-
-def autocast(x: Tensor, dtype: torch.dtype) -> torch.autocast:
-    """Half precision on GPUs that have it, float32 elsewhere: not every CPU does, and a V100 has no
-    bfloat16 of its own (False: an emulated one does not count). [ours] D18"""
-    able = dtype == torch.float16 or x.is_cuda and torch.cuda.is_bf16_supported(False)
-    return torch.autocast("cuda", dtype, enabled=x.is_cuda and able)
 # ==== end shared
 
 
 # ---- the script ----------------------------------------------------------------------------------
+@dataclass
+class Base:
+    """The first flag that is read. It decides which others there are."""
+
+    base: Literal["revdist", "cnc"] = "revdist"  # the detector that CADA aligns
+
+
+def run(argv: list[str] | None, published: Config, demo: dict, visa: dict, build: Callable,
+        train_detector: Callable) -> None:
+    """Load, train, align, evaluate. The last five arguments are a detector's: its settings by
+    default, on the demo set and on VisA, and its functions `build` and `train_detector`."""
+    cfg, checkpoint = read_command_line(argv, published, demo, visa)
+    if cfg.command != "train" and "cada" not in checkpoint:
+        raise UserError("no CADA in the checkpoint: --resume its training, or add CADA to a CNC by "
+                        "cada.py --base cnc --checkpoint FILE")
+    normal, test = [], []
+    if cfg.command != "predict":
+        normal, test = read_dataset(Path(cfg.data))
+    detector = build(cfg, checkpoint)
+    Path(cfg.out).mkdir(parents=True, exist_ok=True)
+
+    if cfg.command == "train":
+        kept, held = hold_out(cfg, normal)
+        checkpoint = train_detector(detector, kept, checkpoint)
+        if RANK > 0:  # of torchrun's processes the first goes on alone
+            return
+        align(detector, normal, checkpoint)
+        checkpoint["thresholds"] = {}
+        for variant, maps in aligned_maps(detector, held, checkpoint).items():
+            if variant != "oracle":  # nobody could apply it
+                scores = image_score(maps)
+                checkpoint["thresholds"][variant] = conformal_threshold(scores, cfg.quantile)
+        save_checkpoint(detector, checkpoint)
+
+    thresholds = checkpoint["thresholds"]
+    if cfg.command == "predict":
+        write_predictions(cfg, thresholds["cada"],
+                          lambda samples: aligned_maps(detector, samples, checkpoint)["cada"])
+    elif test:
+        maps = aligned_maps(detector, test, checkpoint)
+        scores, results = report(cfg, test, maps, thresholds, "cada", [])
+        plot_distributions(Path(cfg.out, "distributions.png"), test, scores, results, thresholds)
+    else:
+        print(f"no test images, so nothing to evaluate; threshold {thresholds['cada']:.4f}")
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; 0 on success, 2 after a mistake of the user's, told in one line, 130
-    after Ctrl-C."""
+    """Run the command line. Returns 0 on success, 2 after a mistake of the user's, told in one
+    line, and 130 after Ctrl-C."""
+    mistakes = (UserError, OSError)
     try:
-        # The module whose detector CADA aligns, this or cnc.py, decides what other flags there are.
-        parser, base = Parser(add_help=False, allow_abbrev=False), sys.modules[__name__]
-        parser.add_argument("--base", choices=("revdist", "cnc"), default="revdist",
-                            help="the detector; with cnc, the other flags are those of cnc.py")
-        if parser.parse_known_args(argv)[0].base == "cnc":
-            import cnc as base
-            base.UserError = UserError  # a mistake is a mistake wherever it was noticed
-        command, paths, cfg, content = read_command_line(argv, base.Config, __doc__, parser)
-        if command != "train" and "cada" not in content:
-            raise UserError("no CADA in the checkpoint: --resume its training, or add it to a CNC")
-        normal, test = ([], []) if paths else read_dataset(Path(cfg.data))
-        detector = base.build(cfg, content)
-        Path(cfg.out).mkdir(parents=True, exist_ok=True)
-        if command == "train":
-            content = train(base.train_detector, detector, normal, content)
-        if paths:
-            write_predictions(cfg, content, paths, partial(score, detector, content))
-        elif content and test:  # {} in all but the first process of torchrun
-            found = report(cfg, content, test, score(detector, content, test), {})
-            plot_scores(cfg.out, test, content["thresholds"], *found)
-        elif content:
-            print(f"no test images, so nothing to evaluate; thresholds {content['thresholds']}")
+        first, others = tyro.cli(Base, args=argv, add_help=False, return_unknown_args=True)
+        if first.base == "cnc":
+            import cnc
+            mistakes = (UserError, cnc.UserError, OSError)
+            published = replace(cnc.Config(), out=Config.out)
+            run(others, published, cnc.DEMO, cnc.VISA, cnc.build, cnc.train_detector)
+        else:
+            run(others, Config(), DEMO, VISA, build, train_detector)
         return 0
-    except (UserError, OSError, KeyboardInterrupt) as e:
-        told = str(e) or "interrupted; --resume goes on from the last checkpoint, if there is one"
-        print(f"cada.py: error: {' '.join(told.split())}", file=sys.stderr)
-        return 130 if isinstance(e, KeyboardInterrupt) else 2
+    except mistakes as e:
+        print("cada.py: error:", " ".join(str(e).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("cada.py: error: interrupted; --resume goes on from the last checkpoint, if any",
+              file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":
