@@ -73,6 +73,9 @@ from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from scipy import ndimage
+from sklearn.cluster import KMeans
+from sklearn.linear_model import RidgeCV
+from sklearn.model_selection import KFold, cross_val_predict, train_test_split
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader
 from torchvision.models.resnet import BasicBlock, ResNet
@@ -365,83 +368,94 @@ class RevDist(nn.Module):
 
 
 # ---- CADA ----------------------------------------------------------------------------------------
-from itertools import product
-from sklearn.cluster import KMeans
 @dataclass
 class CADA:
     """Predict (u, gamma), the mean and the maximum that anomaly maps of *normal* images of an
     image's class have, from its frozen features; normalise its map by them. [paper]
 
-    The hard part: it must predict the statistics of a class, not of an image. A network trained on
-    every image's own statistics learns the image's quirks, and a defect that moves the features
-    takes u and gamma with it, which cancels the very signal. So our regressor is piecewise constant
-    [ours] D5: k-means finds *implicit classes* of the training set in feature space, as many as
-    help to predict the statistics of images that it has not seen, and an image gets the mean
-    statistics of its nearest centre. A defect then changes nothing unless it carries the pooled
-    features over to another centre; and within an implicit class all images share one affine map,
-    so their order stays.
+    The paper's step is a regression. Alone it is not enough: it errs by a few per cent from image
+    to image, which is as much as a defect adds to a score, and a defect that moves the features
+    moves the prediction with it. So the prediction *snaps* [ours] D5. On normal images the
+    predictions crowd around a few levels, about one for each kind of map, and every image gets the
+    statistics of the level that its prediction is nearest to. A few per cent no longer matter: a
+    defect must move the prediction by half the way to the next level. And all images of a level
+    share one affine map, so their order stays as it is.
 
     It knows nothing of the detector: any that has pooled features and maps will do.
     """
 
     mean: Tensor  # (C,) of the training images' pooled features
-    std: Tensor  # (C,)
-    centres: Tensor  # (k, C) of the implicit classes
-    statistics: Tensor  # (k, 2): u and gamma of each
+    std: Tensor  # (C,); infinite where a channel is constant
+    weight: Tensor  # (C, 2) of the regression of log u and log(gamma - u)
+    bias: Tensor  # (2,)
+    noise: Tensor  # (2,) standard deviation of what the regression leaves unexplained
+    centres: Tensor  # (k, 2) of the levels: predictions, in units of the noise
+    statistics: Tensor  # (k, 2): u and gamma of each level
 
     @classmethod
     def fit(cls, features: Tensor, maps: Tensor, seed: int = 0) -> CADA:
-        """Learn from normal images: pooled features (N, C) and raw maps (N, H, W), float tensors on
-        the CPU. No label, no gradient."""
-        cada = cls(features.mean(0), features.std(0, correction=0) + 1e-6, None, None)
-        statistics = map_statistics(maps)
-        kmeans = implicit_classes(cada.direction(features).numpy(), statistics.numpy(), seed)
-        labels = torch.from_numpy(kmeans.labels_)
-        cada.centres = torch.from_numpy(kmeans.cluster_centers_).float()
-        cada.statistics = torch.stack([statistics[labels == k].mean(0)
-                                       for k in range(len(cada.centres))])
-        return cada
+        """Learn from normal images: pooled features (N, C) and raw maps (N, H, W) with values above
+        0, float tensors on the CPU. No label is used. Raises UserError for fewer than 10."""
+        if len(features) < 10:
+            raise UserError(f"{len(features)} normal images are too few for CADA; give 10 or more")
+        rows = np.random.default_rng(seed).permutation(len(features))
+        rows = torch.from_numpy(rows[:2000])  # more images cost time and change little
+        features = features[rows]
+        statistics = map_statistics(maps[rows])
+        mean = features.mean(0)
+        std = features.std(0, correction=0)
+        std[std < 1e-6] = torch.inf  # a channel that is constant in training gets no say later
 
-    def direction(self, features: Tensor) -> Tensor:
-        """(N, C) -> unit vectors (N, C): standardised, or the largest channels would decide alone;
-        and without length, so that the size of a defect counts for less. [ours] D6"""
-        return F.normalize((features - self.mean) / self.std)
+        # 1. The regression: log(u, gamma - u) = x W + b, ridge with its penalty by cross-validation
+        # [paper] in kind. Logarithms, since alignment must get a factor right.
+        x = direction(features, mean, std).double().numpy()
+        y = logarithms(statistics).double().numpy()
+        ridge = RidgeCV(np.logspace(-4, 2, 13), alpha_per_target=True).fit(x, y)
+        # What it says of images that it has not seen: each fifth by a fit on the other four.
+        unseen = cross_val_predict(ridge, x, y, cv=KFold(5, shuffle=True, random_state=seed))
+        noise = np.maximum((y - unseen).std(0), 0.01)  # 1 % matters to no alignment
+
+        # 2. The levels: k-means of these predictions, with the smallest k that leaves no more
+        # within a level than the regression leaves unexplained. [ours] D5
+        for k in range(1, 1 + min(30, len(x) // 4)):
+            levels = KMeans(k, n_init=3, random_state=seed).fit(unseen / noise)
+            if levels.inertia_ / len(x) <= 1:
+                break
+
+        # 3. A level's u and gamma: the median of its images, which the few that belong to another
+        # level do not move.
+        medians = [statistics[levels.labels_ == i].median(0).values for i in range(k)]
+        learned = (ridge.coef_.T, ridge.intercept_, noise, levels.cluster_centers_)
+        weight, bias, noise, centres = (torch.from_numpy(a).float() for a in learned)
+        return cls(mean, std, weight, bias, noise, centres, torch.stack(medians))
+
+    def regress(self, features: Tensor) -> Tensor:
+        """The regression alone: (N, C) -> log u and log(gamma - u), (N, 2). [paper] in kind"""
+        return direction(features, self.mean, self.std) @ self.weight + self.bias
 
     def predict(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, C) -> u (N,) and gamma (N,), gamma > u: those of the nearest implicit class."""
-        distance = torch.cdist(self.direction(features), self.centres,
-                               compute_mode="donot_use_mm_for_euclid_dist")  # same in any batch
-        return self.statistics[distance.argmin(1)].unbind(1)
+        """(N, C) -> u (N,) and gamma (N,), gamma > u: those of the level that the regression comes
+        nearest to."""
+        difference = self.regress(features)[:, None] / self.noise - self.centres  # (N, k, 2)
+        nearest = difference.square().sum(2).argmin(1)
+        u, gamma = self.statistics[nearest].unbind(1)
+        return u, gamma
 
 
-def implicit_classes(x: np.ndarray, statistics: np.ndarray, seed: int) -> KMeans:
-    """k-means of feature directions (N, C) for the k that predicts map statistics (N, 2) of images
-    held out, by 5-fold cross-validation on 2,000 images at most. [ours] D5
+def direction(features: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(N, C) -> unit vectors (N, C): standardised, or the largest channels would decide alone;
+    clamped, so that no single one can; without length, so that the size of a defect counts for
+    less. [ours] D6"""
+    return F.normalize(((features - mean) / std).clamp(-3, 3))
 
-    That is plain regression: a held-out image gets the mean of its nearest centre, and what counts
-    is the squared error on a logarithmic scale, since alignment must get a factor right. Taken is
-    the smallest k that explains 99 % of what any explains. But where none explains half of the
-    variance, features do not tell how normal maps differ, and had better leave them alone: k = 1.
 
-    Else it errs towards too many clusters, where a defect may look like another centre. The
-    silhouette, blind to maps, errs the other way: of classes in groups it finds the groups.
-    """
-    rows = np.random.default_rng(seed).permutation(len(x))[:2000]
-    sample, (u, gamma) = x[rows], statistics[rows].T
-    scale = np.median(gamma - u)
-    y = np.stack([np.arcsinh(u / scale),  # like log u, but u may be zero or negative
-                  np.log(np.maximum(gamma - u, 1e-3 * scale))], axis=1)
-    most = len(np.unique(sample, axis=0)) // 4  # four images to a centre, copies not counted
-    errors = {k: 0.0 for k in (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40) if k <= most}
-    for k, fold in product(errors, range(5)) if most > 1 else ():
-        held = np.arange(len(y)) % 5 == fold
-        model = KMeans(k, n_init=1, random_state=seed).fit(sample[~held])
-        means = np.stack([y[~held][model.labels_ == c].mean(0) for c in range(k)])
-        errors[k] += np.square(y[held] - means[model.predict(sample[held])]).sum()
-    best = min(errors.values(), default=0.0)
-    k = next((k for k, error in errors.items()
-              if best < errors[1] / 2 and error - best <= 0.01 * (errors[1] - best)), 1)
-    return KMeans(k, n_init=3, random_state=seed).fit(x)
+def logarithms(statistics: Tensor) -> Tensor:
+    """(N, 2), u and gamma -> (N, 2), log u and log(gamma - u), no farther below their medians than
+    a thousandth. For maps that can be negative u has no logarithm: give CADA distances."""
+    u, gamma = statistics.unbind(1)
+    values = torch.stack([u, gamma - u], dim=1)
+    least = (values.median(0).values / 1000).clamp(min=1e-9)
+    return values.maximum(least).log()
 
 
 def map_statistics(maps: Tensor) -> Tensor:
@@ -533,10 +547,10 @@ def train_detector(detector: RevDist, samples: list[Sample], checkpoint: dict | 
     if detector.teacher.random and step == 0:  # of all images: the same in every process
         detector.teacher.estimate_statistics(image_batches(detector, samples))
 
-    # Optimiser and schedule: [author], written for a sibling model.
+    # Optimiser and schedule: [author], written for a sibling model. AMSGrad, which that code has
+    # had since a month after the paper, changed nothing on the demo set.
     student = detector.student
-    optimizer = torch.optim.AdamW(student.parameters(), cfg.lr, weight_decay=1e-5, amsgrad=True,
-                                  fused=True)
+    optimizer = torch.optim.AdamW(student.parameters(), cfg.lr, weight_decay=1e-5, fused=True)
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
     engine = detector
@@ -592,19 +606,22 @@ def align(detector: nn.Module, normal: list[Sample], checkpoint: dict) -> None:
 # ---- evaluation ----------------------------------------------------------------------------------
 def aligned_maps(detector: nn.Module, samples: list[Sample], checkpoint: dict) -> dict[str, Tensor]:
     """Smoothed anomaly maps of images, (N, S, S) each: raw; aligned by the true class's statistics
-    (oracle), if the checkpoint knows all these classes; and aligned by CADA.
+    (oracle), if the checkpoint knows all these classes; by the regression alone; and by CADA.
 
     What to look for: "pooled" should rise from raw to cada, and the oracle shows how far it could.
-    "class mean" should stay: within a class alignment has nothing to gain, so where it falls, CADA
-    has taken defects for classes, and does harm.
+    "class mean" should stay: within a class alignment has nothing to gain, so where it falls, the
+    prediction has taken defects for classes, and does harm.
     """
     features, maps = describe_all(detector, samples, detector.describe)
-    variants = {"raw": smooth(maps)}  # once for all three, since aligning commutes with blurring
+    variants = {"raw": smooth(maps)}  # once for all, since aligning commutes with blurring
     oracle = checkpoint["oracle"]
     if all(s.cls in oracle for s in samples):
         statistics = torch.stack([oracle[s.cls] for s in samples])
         variants["oracle"] = normalise(variants["raw"], statistics[:, 0], statistics[:, 1])
-    u, gamma = CADA(**checkpoint["cada"]).predict(features)
+    cada = CADA(**checkpoint["cada"])
+    u, contrast = cada.regress(features).exp().unbind(1)  # the latter is gamma - u
+    variants["regress"] = normalise(variants["raw"], u, u + contrast)
+    u, gamma = cada.predict(features)
     variants["cada"] = normalise(variants["raw"], u, gamma)
     return variants
 
@@ -643,11 +660,10 @@ def plot_distributions(path: Path, samples: list[Sample], scores: dict, results:
 def hold_out(cfg: Config, samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
     """Normal images to train on, and those kept back at random for the threshold, because the
     decoder knows the former too well. With --holdout 0 both are all, as in the papers. [ours] D1"""
-    order = np.random.default_rng(cfg.seed).permutation(len(samples))
-    count = min(round(cfg.holdout * len(samples)), len(samples) - 1)
-    held = [samples[i] for i in sorted(order[:count])]
-    kept = [samples[i] for i in sorted(order[count:])]
-    return kept, held or kept
+    if cfg.holdout == 0:
+        return samples, samples
+    kept, held = train_test_split(samples, test_size=cfg.holdout, random_state=cfg.seed)
+    return kept, held
 
 
 def conformal_threshold(scores: Tensor, quantile: float) -> float:
@@ -1196,11 +1212,11 @@ def run(argv: list[str] | None, published: Config, demo: dict, visa: dict, build
         if RANK > 0:  # of torchrun's processes the first goes on alone
             return
         align(detector, normal, checkpoint)
+        maps = aligned_maps(detector, held, checkpoint)
         checkpoint["thresholds"] = {}
-        for variant, maps in aligned_maps(detector, held, checkpoint).items():
-            if variant != "oracle":  # nobody could apply it
-                scores = image_score(maps)
-                checkpoint["thresholds"][variant] = conformal_threshold(scores, cfg.quantile)
+        for variant in ("raw", "cada"):
+            scores = image_score(maps[variant])
+            checkpoint["thresholds"][variant] = conformal_threshold(scores, cfg.quantile)
         save_checkpoint(detector, checkpoint)
 
     thresholds = checkpoint["thresholds"]

@@ -86,6 +86,7 @@ from matplotlib.colors import Colormap, ListedColormap
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from scipy import ndimage
+from sklearn.model_selection import train_test_split
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -781,11 +782,10 @@ def explain_all(detector: CNC, samples: list[Sample]) -> tuple[dict[str, Tensor]
 def hold_out(cfg: Config, samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
     """Normal images to train on, and those kept back at random for the threshold, because the
     decoder knows the former too well. With --holdout 0 both are all, as in the papers. [ours] D1"""
-    order = np.random.default_rng(cfg.seed).permutation(len(samples))
-    count = min(round(cfg.holdout * len(samples)), len(samples) - 1)
-    held = [samples[i] for i in sorted(order[:count])]
-    kept = [samples[i] for i in sorted(order[count:])]
-    return kept, held or kept
+    if cfg.holdout == 0:
+        return samples, samples
+    kept, held = train_test_split(samples, test_size=cfg.holdout, random_state=cfg.seed)
+    return kept, held
 
 
 def conformal_threshold(scores: Tensor, quantile: float) -> float:
