@@ -60,6 +60,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -1066,28 +1067,31 @@ def plot_heatmaps(path: Path, samples: list[Sample], masks: np.ndarray | None,
     paint good images red.
     """
     classes = sorted({s.cls for s in samples})[:MOST_CLASSES]
-    rows = []  # (layer, {column: index of the sample that it shows})
-    for label, kind in ((0, "good"), (1, "defective")):
-        shown = {}
-        for column, cls in enumerate(classes):
-            found = [i for i, s in enumerate(samples) if (s.cls, s.label) == (cls, label)]
-            if found:
-                shown[column] = found[len(found) // 2]
-        images = {i: load_image(samples[i].path).resize((160, 160)) for i in shown.values()}
-        of_this_kind = [Layer(f"{kind} image", images, 0, 255, "gray")]
-        if label and masks is not None:
-            of_this_kind.append(Layer("ground truth", masks, 0, 1, "gray"))
-        if shown:
-            rows += [(layer, shown) for layer in of_this_kind + layers]
+    middle = {}  # (class, label) -> index of the sample that is shown
+    images = {}
+    for cls, label in product(classes, (0, 1)):
+        found = [i for i, s in enumerate(samples) if (s.cls, s.label) == (cls, label)]
+        if found:
+            i = found[len(found) // 2]
+            middle[cls, label] = i
+            images[i] = load_image(samples[i].path).resize((160, 160))
 
-    size = (1.3 * len(classes) + 2, 1.3 * len(rows) + 0.3)
+    rows = []  # (layer, label of the images that it is shown of)
+    for label, kind in ((0, "good"), (1, "defective")):
+        if any(s.label == label for s in samples):
+            rows.append((Layer(f"{kind} image", images, 0, 255, "gray"), label))
+            if label and masks is not None:
+                rows.append((Layer("ground truth", masks, 0, 1, "gray"), label))
+            rows += [(layer, label) for layer in layers]
+
+    size = (1.3 * len(classes) + 2, 1.3 * len(rows) + 0.3)  # inches
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(len(rows), len(classes), squeeze=False)
-    for axes, (layer, shown) in zip(grid, rows):
-        for column, ax in enumerate(axes):
+    for axes, (layer, label) in zip(grid, rows):
+        for ax, cls in zip(axes, classes):
             ax.set(xticks=[], yticks=[], frame_on=False)
-            if column in shown:
-                picture = np.asarray(layer.pictures[shown[column]])
+            if (cls, label) in middle:
+                picture = np.asarray(layer.pictures[middle[cls, label]])
                 drawn = ax.imshow(picture, cmap=layer.colours, vmin=layer.low, vmax=layer.high)
         axes[0].set_ylabel(layer.name, rotation=0, ha="right", va="center", fontsize=12)
         bar = figure.colorbar(drawn, ax=list(axes), aspect=10)
