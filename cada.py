@@ -593,7 +593,7 @@ def align(detector: nn.Module, normal: list[Sample], checkpoint: dict) -> None:
     """Fit CADA to a trained detector; both go into the checkpoint, with the oracle's statistics.
 
     CADA learns from all normal images, those of the threshold included. Without them it would know
-    only maps of images that the detector was trained on, and lose 2 points of pooled I-AUROC on
+    only maps of images that the detector was trained on, and lose a point of pooled I-AUROC on
     CNC. With them the promise of the threshold is a little weaker where classes are small.
     """
     features, maps = describe_all(detector, normal, detector.describe)
