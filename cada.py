@@ -111,6 +111,20 @@ def autocast(x: Tensor, dtype: torch.dtype) -> torch.autocast:
     """
     able = dtype == torch.float16 or torch.cuda.is_bf16_supported(False)
     return torch.autocast("cuda", dtype, enabled=x.is_cuda and able)
+
+
+@dataclass
+class Layer:
+    """A row of heatmaps.png: pictures by sample, whose values low..high are drawn in `colours`."""
+
+    name: str
+    pictures: Tensor | np.ndarray | dict  # (N, h, w), or {index: image}
+    low: float
+    high: float
+    colours: str | Colormap
+
+
+MOST_CLASSES = 12  # that a picture shows
 # ==== end shared
 
 
@@ -122,6 +136,9 @@ class Config:
     The defaults are for MVTec AD and VisA. They train RevDist as CADA's first author trains it in
     public code, which was written for a sibling model [author]. On data/demo a smaller teacher and
     fewer steps replace them. With a checkpoint, its settings are the defaults instead.
+
+    The flag --base cnc, which is read before all others, puts CADA on CNC in place of RevDist. The
+    other flags are then those of cnc.py: python cada.py --base cnc --help.
     """
 
     # train (and evaluate), evaluate a checkpoint, or predict: score images of unknown label
@@ -129,10 +146,10 @@ class Config:
     paths: Positional[tuple[str, ...]] = ()  # for predict: images, or folders of images
     data: str = ""  # data set folder; if not given: data/mvtec, else data/visa, else data/demo
     out: str = "runs/cada"  # folder for everything that is written
-    seed: int = 0  # of weights, batches, images held out and CADA's levels
+    seed: int = 0  # it decides the weights, the batches, the images held out and CADA's levels
     device: str = "auto"  # cpu, cuda, mps, or auto: a GPU of NVIDIA's if there is one, else the CPU
     teacher: str = "wide_resnet50_2"  # frozen ResNet of torchvision's; this one is RD's
-    weights: str = "IMAGENET1K_V1"  # the teacher's: torchvision tag, local file, or none (random)
+    weights: str = "IMAGENET1K_V1"  # of the teacher: torchvision tag, file, or none: random
     # sides in pixels of the square that images are squashed to, a multiple of 32; 256 is RD's
     image_size: int = 256
     batch_size: int = 16  # images a training step [author], of all processes of torchrun together
@@ -140,35 +157,39 @@ class Config:
     lr: float = 2e-3  # AdamW learning rate, x 0.2 at 80 % of the steps [author]
     # cosine loss of each layer as one long vector [author], or position by position [ours] D8
     loss: Literal["flat", "position"] = "flat"
-    holdout: float = 0.1  # share of the training images kept back for the threshold; 0: none
+    # share of the training images that is kept back for the threshold; 0: none [ours] D1
+    holdout: float = 0.1
     quantile: float = 0.99  # share of normal images that the threshold shall let pass [ours] D1
     threshold: float | None = None  # for predict: use this one instead of the checkpoint's
     # compute the teacher's features of the training images once, into an unnamed file in --out;
     # --no-cache computes them anew in every step [ours] D2
     cache: bool = True
-    workers: int = 4  # processes that read images, at most one a CPU core
+    workers: int = 4  # processes that read images; there are never more than CPU cores
     # what eval, predict and --resume read (default: checkpoint.pt in --out); given to train
     # without --resume, it is what the training starts from
     checkpoint: str = ""
     resume: bool = False  # go on with an interrupted training
 
     def __post_init__(self) -> None:
-        """Raises UserError for values that would fail late, or silently."""
+        """Raises UserError for values that would otherwise fail late, or not at all."""
         if not 0 <= self.seed < 2**32:
             raise UserError(f"--seed {self.seed}: give a whole number from 0 to {2**32 - 1}")
         if self.image_size < 32 or self.image_size % 32:
             raise UserError(f"--image-size {self.image_size}: give a multiple of 32, such as 256")
         if self.batch_size < 1:
             raise UserError(f"--batch-size {self.batch_size}: give at least 1")
+        if self.iters < 1:
+            raise UserError(f"--iters {self.iters}: give at least 1")
         if not 0 <= self.holdout < 1:
             raise UserError(f"--holdout {self.holdout}: give a share from 0 to below 1")
         if not 0 < self.quantile <= 1:
             raise UserError(f"--quantile {self.quantile}: give a share above 0, at most 1")
+        if self.threshold is not None and not self.threshold > 0:
+            raise UserError(f"--threshold {self.threshold}: give a score above 0")
 
 
 # On the demo set two CPU cores are enough. [ours] D3
 DEMO = {"teacher": "resnet18", "weights": "none", "image_size": 128, "iters": 200, "workers": 0}
-VISA = {}  # trained as MVTec AD is
 
 
 # ---- frozen teacher ------------------------------------------------------------------------------
@@ -177,21 +198,25 @@ class Teacher(nn.Module):
 
     forward: (B, 3, S, S) -> [(B, C1, S/4, S/4), (B, C2, S/8, S/8), (B, C3, S/16, S/16)], float16.
     RevDist reads nothing of layer4, so layer4 is not run. The features are in half precision
-    whether they are cached or not, so that --no-cache changes the time and nothing else; in float16
-    and not bfloat16, because after BatchNorm values are small and want digits more than range.
+    whether they are cached or not, so that on a CPU --no-cache changes the time and nothing else;
+    in float16 and not bfloat16, because after BatchNorm values are small and want digits more than
+    range. [ours] D2
     Raises UserError for an unknown name, and for weights that cannot be had or do not fit.
     """
 
     def __init__(self, name: str, weights: str, seed: int) -> None:
         super().__init__()
         self.random = weights == "none"
-        with torch.random.fork_rng(devices=[]):  # a seed's teacher is the same whatever ran before
+        # The teacher of a seed is the same whatever was drawn before it, and nothing that is drawn
+        # after it, the student's weights above all, depends on the teacher.
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             try:
                 resnet = load_resnet(name, weights)
             except Exception as e:  # unknown, no network, weights that do not fit: many kinds
                 raise UserError(f"--teacher {name} --weights {weights}: {str(e)[:200]}; give a "
                                 "ResNet of torchvision's and a tag or file of its weights, or none")
+
         self.stem = nn.Sequential(resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool)
         self.layer1 = resnet.layer1
         self.layer2 = resnet.layer2
@@ -217,7 +242,9 @@ class Teacher(nn.Module):
         layer to layer, until all images look alike.
         """
         layers = nn.Sequential(self.stem, self.layer1, self.layer2, self.layer3).eval()
-        torch.optim.swa_utils.update_bn(batches, layers)  # in train mode, and back to eval
+        # PyTorch's own function for it: a plain mean over all batches, not a moving one. It runs
+        # the layers in train mode, and puts them back into eval mode.
+        torch.optim.swa_utils.update_bn(batches, layers)
 
 
 def load_resnet(name: str, weights: str) -> ResNet:
@@ -232,28 +259,33 @@ def load_resnet(name: str, weights: str) -> ResNet:
 
 
 # ---- RevDist student -----------------------------------------------------------------------------
-def residual_stage(like: ResNet, inputs: int, planes: int, depth: int, up: bool) -> nn.Sequential:
-    """`depth` residual blocks of the kind that `like` has. The first one halves height and width,
-    or doubles them if `up`: (B, inputs, H, W) -> (B, planes * expansion, H/2, W/2 or 2H, 2W).
+def residual_stage(resnet: ResNet, in_channels: int, planes: int, depth: int,
+                   up: bool) -> nn.Sequential:
+    """`depth` residual blocks of the kind that `resnet` has. The first one halves height and width,
+    or doubles them if `up`: (B, in_channels, H, W) -> (B, planes * expansion, H/2, W/2 or 2H, 2W).
 
     A stage that doubles is the mirror image of one that halves: where its first block would have a
     convolution of stride 2, in the main path and in the shortcut, it has a 2x2 transposed one.
     """
-    block = type(like.layer1[0])  # BasicBlock (expansion 1) or Bottleneck (expansion 4)
-    shape = {"groups": like.groups, "base_width": like.base_width}  # of ResNeXt and Wide ResNet
-    outputs = planes * block.expansion
+    block = type(resnet.layer1[0])  # BasicBlock (expansion 1) or Bottleneck (expansion 4)
+    options = {"groups": resnet.groups, "base_width": resnet.base_width}  # ResNeXt, Wide ResNet
+    out_channels = planes * block.expansion
     if up:
-        shortcut = nn.ConvTranspose2d(inputs, outputs, 2, stride=2, bias=False)
+        shortcut = nn.ConvTranspose2d(in_channels, out_channels, 2, stride=2, bias=False)
     else:
-        shortcut = nn.Conv2d(inputs, outputs, 1, stride=2, bias=False)
-    shortcut = nn.Sequential(shortcut, nn.BatchNorm2d(outputs))
-    first = block(inputs, planes, stride=2, downsample=shortcut, **shape)
+        shortcut = nn.Conv2d(in_channels, out_channels, 1, stride=2, bias=False)
+    shortcut = nn.Sequential(shortcut, nn.BatchNorm2d(out_channels))
+    first = block(in_channels, planes, stride=2, downsample=shortcut, **options)
+
+    # torchvision's BasicBlock has its stride in conv1, its Bottleneck in conv2, the 3x3 one.
     if up and block is BasicBlock:
-        first.conv1 = nn.ConvTranspose2d(inputs, planes, 2, stride=2, bias=False)
+        first.conv1 = nn.ConvTranspose2d(in_channels, planes, 2, stride=2, bias=False)
     elif up:
         width = first.conv2.in_channels
-        first.conv2 = nn.ConvTranspose2d(width, width, 2, stride=2, groups=like.groups, bias=False)
-    others = [block(outputs, planes, **shape) for _ in range(depth - 1)]
+        first.conv2 = nn.ConvTranspose2d(width, width, 2, stride=2, groups=resnet.groups,
+                                         bias=False)
+
+    others = [block(out_channels, planes, **options) for _ in range(depth - 1)]
     return nn.Sequential(first, *others)
 
 
@@ -272,8 +304,12 @@ class Student(nn.Module):
         with torch.device("meta"):  # only its layout is read, so no memory is spent on it
             like = torchvision.models.get_model(teacher_name, weights=None)
         expansion = type(like.layer1[0]).expansion
-        c1, c2, c3 = 64 * expansion, 128 * expansion, 256 * expansion
+        c1 = 64 * expansion
+        c2 = 128 * expansion
+        c3 = 256 * expansion
 
+        # All three layers meet at the size of the deepest, S/16: layer1 is halved twice on its way
+        # (3x3, stride 2, BatchNorm, ReLU), layer2 once.
         halve = partial(torchvision.ops.Conv2dNormActivation, kernel_size=3, stride=2)
         self.fuse1 = nn.Sequential(halve(c1, c2), halve(c2, c3))
         self.fuse2 = halve(c2, c3)
@@ -323,8 +359,11 @@ class RevDist(nn.Module):
         self.student = Student(cfg.teacher)
 
     def decode(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Teacher features -> the same, and the student's version, both float32 for the cosines."""
-        encoded = [f.float() for f in features]
+        """Teacher features -> the same, and the student's version. Both are float32, because 1 -
+        cosine of nearly equal vectors would lose its digits in half precision."""
+        # In one memory layout, cuDNN's own, whether they were cached or not: it decides how sums of
+        # a convolution are rounded.
+        encoded = [f.float().contiguous(memory_format=torch.channels_last) for f in features]
         with autocast(features[0], torch.bfloat16):
             decoded = self.student(encoded)
         return encoded, [d.float() for d in decoded]
@@ -338,12 +377,12 @@ class RevDist(nn.Module):
         """
         encoded, decoded = self.decode(features)
         loss = 0.0
-        for e, d in zip(encoded, decoded):
+        for e, d in zip(encoded, decoded):  # (B, C, H, W) each
             if self.cfg.loss == "flat":
                 distance = 1 - F.cosine_similarity(e.flatten(1), d.flatten(1), dim=1)  # (B,)
             else:
                 distance = 1 - F.cosine_similarity(e, d, dim=1)  # (B, H, W)
-            loss = loss + distance.mean()
+            loss = loss + distance.mean()  # over the batch
         return loss
 
     def describe(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -356,109 +395,19 @@ class RevDist(nn.Module):
         """
         pooled = []
         for f in features:
-            std, mean = torch.std_mean(f.float(), dim=(2, 3))
-            pooled += [std, mean]
+            std, mean = torch.std_mean(f.float(), dim=(2, 3))  # (B, C) each
+            pooled += [mean, std]
 
         encoded, decoded = self.decode(features)
         maps = 0.0
         for e, d in zip(encoded, decoded):
             distance = 1 - F.cosine_similarity(e, d, dim=1)[:, None]  # (B, 1, h, w)
             full = F.interpolate(distance, self.size, mode="bilinear", align_corners=True)
-            maps = maps + full[:, 0] / len(encoded)
+            maps = maps + full[:, 0] / len(encoded)  # a mean over layers
         return torch.cat(pooled, dim=1), maps
 
 
 # ---- CADA ----------------------------------------------------------------------------------------
-@dataclass
-class CADA:
-    """Predict (u, gamma), the mean and the maximum that anomaly maps of *normal* images of an
-    image's class have, from its frozen features; normalise its map by them. [paper]
-
-    The paper's step is a regression. Alone it is not enough: it errs by a few per cent from image
-    to image, which is as much as a defect adds to a score, and a defect that moves the features
-    moves the prediction with it. So the prediction *snaps* [ours] D5. On normal images the
-    predictions crowd around a few levels, about one for each kind of map, and every image gets the
-    statistics of the level that its prediction is nearest to. A few per cent no longer matter: a
-    defect must move the prediction by half the way to the next level. And all images of a level
-    share one affine map, so their order stays as it is.
-
-    It knows nothing of the detector: any that has pooled features and maps will do.
-    """
-
-    mean: Tensor  # (C,) of the training images' pooled features
-    std: Tensor  # (C,); infinite where a channel is constant
-    weight: Tensor  # (C, 2) of the regression of log u and log(gamma - u)
-    bias: Tensor  # (2,)
-    noise: Tensor  # (2,) standard deviation of what the regression leaves unexplained
-    centres: Tensor  # (k, 2) of the levels: predictions, in units of the noise
-    statistics: Tensor  # (k, 2): u and gamma of each level
-
-    @classmethod
-    def fit(cls, features: Tensor, maps: Tensor, seed: int = 0) -> CADA:
-        """Learn from normal images: pooled features (N, C) and raw maps (N, H, W) with values above
-        0, float tensors on the CPU. No label is used. Raises UserError for fewer than 10."""
-        if len(features) < 10:
-            raise UserError(f"{len(features)} normal images are too few for CADA; give 10 or more")
-        rows = np.random.default_rng(seed).permutation(len(features))
-        rows = torch.from_numpy(rows[:2000])  # more images cost time and change little
-        features = features[rows]
-        statistics = map_statistics(maps[rows])
-        mean = features.mean(0)
-        std = features.std(0, correction=0)
-        std[std <= 1e-3 * std.median()] = torch.inf  # as good as constant here: no say later
-
-        # 1. The regression: log(u, gamma - u) = x W + b, ridge with its penalty by cross-validation
-        # [paper] in kind. Logarithms, since alignment must get a factor right.
-        x = direction(features, mean, std).double().numpy()
-        y = logarithms(statistics).double().numpy()
-        ridge = RidgeCV(np.logspace(-4, 2, 13), alpha_per_target=True).fit(x, y)
-        # What it says of images that it has not seen: each fifth by a fit on the other four.
-        unseen = cross_val_predict(ridge, x, y, cv=KFold(5, shuffle=True, random_state=seed))
-        noise = np.maximum((y - unseen).std(0), 0.01)  # 1 % matters to no alignment
-
-        # 2. The levels: k-means of these predictions, with the smallest k that leaves no more
-        # within a level than the regression leaves unexplained. [ours] D5
-        for k in range(1, 1 + min(30, len(x) // 4)):
-            levels = KMeans(k, n_init=3, random_state=seed).fit(unseen / noise)
-            if levels.inertia_ / len(x) <= 1:
-                break
-
-        # 3. A level's u and gamma: the median of its images, which the few that belong to another
-        # level do not move.
-        medians = [statistics[levels.labels_ == i].median(0).values for i in range(k)]
-        learned = (ridge.coef_.T, ridge.intercept_, noise, levels.cluster_centers_)
-        weight, bias, noise, centres = (torch.from_numpy(a).float() for a in learned)
-        return cls(mean, std, weight, bias, noise, centres, torch.stack(medians))
-
-    def regress(self, features: Tensor) -> Tensor:
-        """The regression alone: (N, C) -> log u and log(gamma - u), (N, 2). [paper] in kind"""
-        return direction(features, self.mean, self.std) @ self.weight + self.bias
-
-    def predict(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, C) -> u (N,) and gamma (N,), gamma > u: those of the level that the regression comes
-        nearest to."""
-        difference = self.regress(features)[:, None] / self.noise - self.centres  # (N, k, 2)
-        nearest = difference.square().sum(2).argmin(1)
-        u, gamma = self.statistics[nearest].unbind(1)
-        return u, gamma
-
-
-def direction(features: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """(N, C) -> unit vectors (N, C): standardised, or the largest channels would decide alone;
-    clamped, so that no single one can; without length, so that the size of a defect counts for
-    less. [ours] D6"""
-    return F.normalize(((features - mean) / std).clamp(-3, 3))
-
-
-def logarithms(statistics: Tensor) -> Tensor:
-    """(N, 2), u and gamma -> (N, 2), log u and log(gamma - u), no farther below their medians than
-    a thousandth. For maps that can be negative u has no logarithm: give CADA distances."""
-    u, gamma = statistics.unbind(1)
-    values = torch.stack([u, gamma - u], dim=1)
-    least = (values.median(0).values / 1000).clamp(min=1e-9)
-    return values.maximum(least).log()
-
-
 def map_statistics(maps: Tensor) -> Tensor:
     """(N, H, W) -> (N, 2): u, the mean, and gamma, the maximum, of each map. gamma lies above u
     even for a map without contrast, since alignment divides by their difference."""
@@ -466,6 +415,117 @@ def map_statistics(maps: Tensor) -> Tensor:
     least = u + 1e-6 * u.abs().clamp(min=1)
     gamma = maps.amax((1, 2)).maximum(least)
     return torch.stack([u, gamma], dim=1)
+
+
+def log_statistics(statistics: Tensor) -> Tensor:
+    """(N, 2), u and gamma -> (N, 2), log u and log(gamma - u): alignment must get a factor right.
+
+    A value below a thousandth of the median counts as that. Maps must be distances, then: of maps
+    that can be negative the mean would have no logarithm.
+    """
+    u, gamma = statistics.unbind(1)
+    values = torch.stack([u, gamma - u], dim=1)
+    least = values.median(0).values / 1000
+    return values.maximum(least.clamp(min=1e-9)).log()
+
+
+def direction(features: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Pooled features (N, C) -> unit vectors (N, C): standardised, or the largest channels would
+    decide alone; clamped, so that no single channel can; and without length, so that the size of a
+    defect counts for less. [ours] D6"""
+    return F.normalize(((features - mean) / std).clamp(-3, 3))
+
+
+@dataclass
+class CADA:
+    """Predict (u, gamma), the mean and the maximum that anomaly maps of *normal* images of an
+    image's class have, from its frozen features; then normalise its map by them. [paper]
+
+    The paper calls the predictor a regression. Ours is linear, on logarithms. Alone it is not
+    enough: it errs by a few per cent from image to image, which is as much as a defect adds to a
+    score, and a defect that moves the features moves the prediction with it.
+
+    So we let the prediction snap [ours] D5. On normal images the predictions crowd around a few
+    levels, roughly one for each kind of map. An image gets the typical statistics of the level that
+    its own prediction is nearest to. Then a few per cent no longer matter: to do harm, a defect
+    must move the prediction half the way to another level. And all images of a level share one
+    affine map, so that their order stays as it is.
+
+    CADA knows nothing of the detector: any that has pooled features and maps will do.
+    """
+
+    mean: Tensor  # (C,) of the training images' pooled features
+    std: Tensor  # (C,) their standard deviation; infinite for a channel that says nothing
+    weight: Tensor  # (C, 2) of the regression of log u and log(gamma - u)
+    bias: Tensor  # (2,)
+    noise: Tensor  # (2,) standard deviation of the regression's errors on images it has not seen
+    centres: Tensor  # (k, 2) of the levels: predictions divided by the noise
+    statistics: Tensor  # (k, 2): u and gamma of each level
+
+    @classmethod
+    def fit(cls, features: Tensor, maps: Tensor, seed: int = 0) -> CADA:
+        """Learn from 10 or more normal images: pooled features (N, C) and raw maps (N, H, W) with
+        values above 0, float tensors on the CPU. No label is used."""
+        rows = np.random.default_rng(seed).permutation(len(features))
+        rows = torch.from_numpy(rows[:2000])  # these take 6 seconds, all of MVTec AD minutes
+        features = features[rows]
+        statistics = map_statistics(maps[rows])
+        mean = features.mean(0)
+        std = features.std(0, correction=0)
+        # Of a channel that hardly varies in training, a rounding error would be a huge deviation.
+        std[std <= std.median() / 1000] = torch.inf
+
+        # 1. The regression: (log u, log(gamma - u)) = x W + b, with a ridge penalty that leave-one-
+        # out cross-validation chooses for each of the two.
+        x = direction(features, mean, std).double().numpy()  # (N, C)
+        y = log_statistics(statistics).double().numpy()  # (N, 2)
+        ridge = RidgeCV(np.logspace(-4, 2, 13), alpha_per_target=True).fit(x, y)
+
+        # 2. How far it errs: each fifth of the images is predicted by a fit on the other four.
+        folds = KFold(5, shuffle=True, random_state=seed)
+        unseen = cross_val_predict(ridge, x, y, cv=folds)  # (N, 2)
+        noise = (y - unseen).std(0)
+        noise = np.maximum(noise, 0.01)  # to alignment 1 % is as good as exact
+
+        # 3. The levels: k-means of these predictions, in units of the noise. k is the smallest for
+        # which predictions differ less within a level than the regression errs: by half, in squares
+        # (its errors have a mean square of 1 in each of the two numbers, so 2). [ours] D5
+        most = min(30, len(x) // 4)
+        for k in range(1, most + 1):
+            levels = KMeans(k, n_init=3, random_state=seed).fit(unseen / noise)
+            within = levels.inertia_ / len(x)
+            if within <= 1:
+                break
+
+        # 4. A level's u and gamma: the median of its images, because the few that belong elsewhere
+        # do not move a median.
+        medians = []
+        for level in range(k):
+            images = statistics[levels.labels_ == level]
+            medians.append(images.median(0).values)  # (2,)
+
+        return cls(mean, std, statistics=torch.stack(medians),
+                   weight=torch.tensor(ridge.coef_.T, dtype=torch.float32),
+                   bias=torch.tensor(ridge.intercept_, dtype=torch.float32),
+                   noise=torch.tensor(noise, dtype=torch.float32),
+                   centres=torch.tensor(levels.cluster_centers_, dtype=torch.float32))
+
+    def regress(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """By the regression alone, for comparison: (N, C) -> u (N,) and gamma (N,), gamma > u."""
+        u, contrast = self.predict_logs(features).exp().unbind(1)
+        return u, u + contrast
+
+    def predict(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, C) -> u (N,) and gamma (N,), gamma > u: those of the level whose centre is nearest to
+        what the regression predicts."""
+        difference = self.predict_logs(features)[:, None] / self.noise - self.centres  # (N, k, 2)
+        nearest = difference.square().sum(2).argmin(1)
+        u, gamma = self.statistics[nearest].unbind(1)
+        return u, gamma
+
+    def predict_logs(self, features: Tensor) -> Tensor:
+        """The regression: (N, C) -> log u and log(gamma - u), (N, 2)."""
+        return direction(features, self.mean, self.std) @ self.weight + self.bias
 
 
 def normalise(maps: Tensor, u: Tensor, gamma: Tensor) -> Tensor:
@@ -480,14 +540,13 @@ def normalise(maps: Tensor, u: Tensor, gamma: Tensor) -> Tensor:
 
 # ==== shared: map and score
 def smooth(maps: Tensor) -> Tensor:
-    """Gaussian blur of (N, H, W) maps, sigma 4 pixels at 256 x 256 and in proportion elsewhere.
-    [ours] D4
+    """Gaussian blur of (N, H, W) maps: sigma 4 pixels at 256 x 256 [author], in proportion at other
+    sizes, with repeated edges [ours] D4.
 
-    Edges are repeated ("nearest") and the kernel sums to one, so a constant map stays constant. The
-    blur therefore commutes with (A - u) / (gamma - u): to normalise before it [author] or after it
-    is the same.
+    The kernel sums to one, so with repeated edges a constant map stays constant. The blur therefore
+    commutes with (A - u) / (gamma - u): to normalise before it [author] or after it is the same.
     """
-    sigma = maps.shape[-1] / 64
+    sigma = maps.shape[-1] / 64  # 256 / 64 = 4
     blurred = ndimage.gaussian_filter(maps.numpy(), (0, sigma, sigma), mode="nearest")
     return torch.from_numpy(blurred)
 
@@ -496,25 +555,26 @@ def image_score(maps: Tensor) -> Tensor:
     """Mean of the highest 1 % of the pixels of each map, which is steadier than the maximum:
     (N, H, W) -> (N,). [author]"""
     pixels = maps.flatten(1)
-    count = max(1, pixels.shape[1] // 100)
-    return pixels.topk(count, dim=1).values.mean(1)
+    highest = max(1, pixels.shape[1] // 100)  # 655 pixels of 256 x 256
+    return pixels.topk(highest, dim=1).values.mean(1)
 
 
 @torch.no_grad()
-def describe_all(detector: nn.Module, samples: list[Sample], describe: Callable) -> list[Tensor]:
-    """Show images to the frozen teacher and its features to `describe`, a method of the detector.
-    Returns what that returns, for all images: tensors (N, ...) on the CPU."""
+def run_on_images(detector: nn.Module, samples: list[Sample], method: Callable) -> list[Tensor]:
+    """Show images to the frozen teacher, and its features to a method of the detector. Returns what
+    that returns, for all images: tensors (N, ...) on the CPU."""
     detector.eval()  # BatchNorm by its running statistics: a score must not depend on its batch
     batches = []
     for x in image_batches(detector, samples):
-        batches.append([t.cpu() for t in describe(detector.teacher(x))])
+        batches.append([t.cpu() for t in method(detector.teacher(x))])
     return [torch.cat(parts) for parts in zip(*batches)]
 # ==== end shared
 
 
 # ---- training ------------------------------------------------------------------------------------
-RANK = int(os.environ.get("RANK", 0))  # torchrun's: which process this is, of how many
-COUNT = int(os.environ.get("WORLD_SIZE", 1))
+# torchrun says which of its processes this is, and of how many.
+RANK = int(os.environ.get("RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
 def build(cfg: Config, checkpoint: dict | None) -> RevDist:
@@ -543,9 +603,10 @@ def train_detector(detector: RevDist, samples: list[Sample], checkpoint: dict | 
     step = checkpoint["step"] if checkpoint else 0
     if step >= cfg.iters:  # trained already
         return checkpoint
-    if cfg.batch_size % COUNT:
-        raise UserError(f"--batch-size {cfg.batch_size}: give a multiple of {COUNT} processes")
-    if detector.teacher.random and step == 0:  # of all images: the same in every process
+    if cfg.batch_size % WORLD_SIZE:
+        raise UserError(f"--batch-size {cfg.batch_size}: give a multiple of {WORLD_SIZE} processes")
+    # A random teacher sees all images in every process, or each would have another teacher.
+    if detector.teacher.random and step == 0:
         detector.teacher.estimate_statistics(image_batches(detector, samples))
 
     # Optimiser and schedule: [author], written for a sibling model. AMSGrad, which that code has
@@ -555,20 +616,25 @@ def train_detector(detector: RevDist, samples: list[Sample], checkpoint: dict | 
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
     engine = detector
-    if COUNT > 1:  # the gradient is the mean over all processes, whose batches are equally large
+    if WORLD_SIZE > 1:  # the gradient is the mean over all processes, whose batches are equal
         if next(student.parameters()).is_cuda:  # on CPUs each normalises by its own batch
             nn.SyncBatchNorm.convert_sync_batchnorm(student)
         distributed.init_process_group()
         engine = nn.parallel.DistributedDataParallel(detector)
 
-    share = samples[RANK::COUNT]  # the images of this process
-    batches = shuffled(len(share), cfg.batch_size // COUNT, cfg.iters, cfg.seed + 1_000_000 * RANK)
+    share = samples[RANK::WORLD_SIZE]  # the images of this process
+    seed = cfg.seed + 1_000_000 * RANK  # processes draw batches of their own
+    batches = shuffled(len(share), cfg.batch_size // WORLD_SIZE, cfg.iters, seed)
     features = teacher_features(detector, share, batches[step:])
     detector.train()
     bar = tqdm(features, "training", cfg.iters, initial=step, disable=None)
     for encoded in bar:
-        late = step >= int(0.8 * cfg.iters)
-        optimizer.param_groups[0]["lr"] = cfg.lr * (0.2 if late else 1)
+        # The rate follows from the step alone, so a resumed run needs no state of a scheduler.
+        lr = cfg.lr
+        if step >= int(0.8 * cfg.iters):
+            lr = 0.2 * cfg.lr
+        optimizer.param_groups[0]["lr"] = lr
+
         loss = engine(encoded)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -584,65 +650,78 @@ def train_detector(detector: RevDist, samples: list[Sample], checkpoint: dict | 
             checkpoint = {"step": step, "optimizer": optimizer.state_dict()}
             save_checkpoint(detector, checkpoint)
 
-    if COUNT > 1:
+    if WORLD_SIZE > 1:
         distributed.destroy_process_group()
     return checkpoint
 
 
-def align(detector: nn.Module, normal: list[Sample], checkpoint: dict) -> None:
-    """Fit CADA to a trained detector; both go into the checkpoint, with the oracle's statistics.
+def align(detector: nn.Module, normal: list[Sample], held: list[Sample], checkpoint: dict) -> None:
+    """Fit CADA to a trained detector and take the thresholds; all goes into the checkpoint.
 
-    CADA learns from all normal images, those of the threshold included. Without them it would know
-    only maps of images that the detector was trained on, and lose a point of pooled I-AUROC on
-    CNC. With them the promise of the threshold is a little weaker where classes are small.
+    CADA learns from all normal images, those held out for the threshold included. Without them it
+    would know only maps of images that the detector was trained on, and lose a point of pooled
+    I-AUROC on CNC. With them the promise of the threshold is a little weaker where classes are
+    small.
     """
-    features, maps = describe_all(detector, normal, detector.describe)
-    checkpoint["cada"] = asdict(CADA.fit(features, maps, detector.cfg.seed))
+    cfg = detector.cfg
+    features, maps = run_on_images(detector, normal, detector.describe)
+    cada = CADA.fit(features, maps, cfg.seed)
+    checkpoint["cada"] = asdict(cada)
 
-    # The oracle, Fig. 4(a) of the paper, knows the label: class means over these images. [ours] D7
-    statistics = map_statistics(maps)
+    # The oracle, Fig. 4(a) of the paper, knows the label: class means over these images. This is
+    # the only use of labels, and CADA never reads it. [ours] D7
+    statistics = map_statistics(maps)  # (N, 2)
     classes = np.array([s.cls for s in normal])
     checkpoint["oracle"] = {str(c): statistics[classes == c].mean(0) for c in np.unique(classes)}
+
+    kept_back = set(held)
+    rows = [i for i, s in enumerate(normal) if s in kept_back]
+    raw = smooth(maps[rows])
+    aligned = normalise(raw, *cada.predict(features[rows]))
+    checkpoint["thresholds"] = {
+        "raw": conformal_threshold(image_score(raw), cfg.quantile),
+        "cada": conformal_threshold(image_score(aligned), cfg.quantile)}
 
 
 # ---- evaluation ----------------------------------------------------------------------------------
 def aligned_maps(detector: nn.Module, samples: list[Sample], checkpoint: dict) -> dict[str, Tensor]:
-    """Smoothed anomaly maps of images, (N, S, S) each: raw; aligned by the true class's statistics
-    (oracle), if the checkpoint knows all these classes; by the regression alone; and by CADA.
+    """Smoothed anomaly maps of images, (N, S, S) each, in four variants: "raw", as the detector has
+    them; "oracle", aligned by the statistics of the true class, if the checkpoint knows all these
+    classes; "regress", aligned by the regression alone; "cada", aligned by CADA.
 
     What to look for: "pooled" should rise from raw to cada, and the oracle shows how far it could.
     "class mean" should stay: within a class alignment has nothing to gain, so where it falls, the
     prediction has taken defects for classes, and does harm.
     """
-    features, maps = describe_all(detector, samples, detector.describe)
-    variants = {"raw": smooth(maps)}  # once for all, since aligning commutes with blurring
+    features, maps = run_on_images(detector, samples, detector.describe)
+    raw = smooth(maps)  # once for all variants, since aligning commutes with blurring
+    variants = {"raw": raw}
     oracle = checkpoint["oracle"]
     if all(s.cls in oracle for s in samples):
-        statistics = torch.stack([oracle[s.cls] for s in samples])
-        variants["oracle"] = normalise(variants["raw"], statistics[:, 0], statistics[:, 1])
+        statistics = torch.stack([oracle[s.cls] for s in samples])  # (N, 2)
+        variants["oracle"] = normalise(raw, statistics[:, 0], statistics[:, 1])
     cada = CADA(**checkpoint["cada"])
-    u, contrast = cada.regress(features).exp().unbind(1)  # the latter is gamma - u
-    variants["regress"] = normalise(variants["raw"], u, u + contrast)
-    u, gamma = cada.predict(features)
-    variants["cada"] = normalise(variants["raw"], u, gamma)
+    variants["regress"] = normalise(raw, *cada.regress(features))
+    variants["cada"] = normalise(raw, *cada.predict(features))
     return variants
 
 
 def plot_distributions(path: Path, samples: list[Sample], scores: dict, results: dict,
-                       thresholds: dict[str, float]) -> None:
-    """One tick an image: scores by class, normal ones above the line and anomalous ones below it,
-    one panel for each variant that has a threshold, at most 12 classes.
+                       thresholds: dict) -> None:
+    """Draw one tick an image: scores by class, normal images above and anomalous ones below the
+    line of their class; a panel for each variant that has a threshold, and at most 12 classes.
 
     Where the normal scores of all classes end at the same place, one threshold serves them all.
     """
     labels = np.array([s.label for s in samples])
     classes = np.array([s.cls for s in samples])
-    names = np.unique(classes)[:MOST_CLASSES][::-1]  # upwards, as the axis goes
+    names = np.unique(classes)[:MOST_CLASSES][::-1]  # the axis goes upwards
     figure = Figure(figsize=(12, 1.8 + 0.5 * len(names)), layout="constrained")
     panels = figure.subplots(1, len(thresholds), sharey=True, squeeze=False)[0]
     legend = {}
     for ax, variant in zip(panels, thresholds):
-        # Okabe and Ito's blue and vermilion, which colour-blind readers tell apart too.
+        # (label, its name, which side of the line it is drawn on, colour). The colours are Okabe
+        # and Ito's blue and vermilion, which colour-blind readers tell apart too.
         for label, kind, side, colour in ((0, "normal", 0.2, "#0072B2"),
                                           (1, "anomalous", -0.2, "#D55E00")):
             rows = [scores[variant][(classes == name) & (labels == label)] for name in names]
@@ -661,7 +740,8 @@ def plot_distributions(path: Path, samples: list[Sample], scores: dict, results:
 # ==== shared: fitting a detector
 def hold_out(cfg: Config, samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
     """Normal images to train on, and those kept back at random for the threshold, because the
-    decoder knows the former too well. With --holdout 0 both are all, as in the papers. [ours] D1"""
+    decoder knows the former too well. With --holdout 0 all images serve as both, as in the papers,
+    and the threshold comes out too low. [ours] D1"""
     if cfg.holdout == 0:
         return samples, samples
     kept, held = train_test_split(samples, test_size=cfg.holdout, random_state=cfg.seed)
@@ -671,11 +751,11 @@ def hold_out(cfg: Config, samples: list[Sample]) -> tuple[list[Sample], list[Sam
 def conformal_threshold(scores: Tensor, quantile: float) -> float:
     """The ceil((n + 1) quantile)-th smallest of the scores of n normal images, or the largest.
 
-    A new normal image lies above it with a probability of at most 1 - quantile, if n is large
-    enough and nothing has learned from these n (CADA's statistics have, a little). [ours] D1
+    A new normal image like these lies above it with a probability of at most 1 - quantile, if n is
+    large enough (99 for 0.99) and nothing has learned from these n; CADA has, a little. [ours] D1
     """
     n = len(scores)
-    rank = min(math.ceil((n + 1) * quantile), n)
+    rank = min(math.ceil((n + 1) * quantile), n)  # the + 1 counts the new image among the n
     return scores.sort().values[rank - 1].item()
 
 
@@ -705,6 +785,7 @@ def teacher_features(detector: nn.Module, samples: list[Sample],
             yield teacher(x)
         return
 
+    # One image tells the shapes, and with them whether the disk has room for all.
     first = teacher(next(image_batches(detector, samples, [[0]])))
     shapes = [f.shape[1:] for f in first]
     sizes = [f.numel() for f in first]
@@ -712,24 +793,33 @@ def teacher_features(detector: nn.Module, samples: list[Sample],
     needed = 2 * sum(sizes) * len(samples)  # two bytes a value
     if shutil.disk_usage(folder).free < needed:
         raise UserError(f"{folder} lacks the {needed / 2**30:.1f} GiB of a cache; use --no-cache")
+
+    # Write a row an image, its features one after the other; then map the file into memory. (A
+    # full disk would end a mapped file by a signal, and says so when it is written to.)
     file = tempfile.TemporaryFile(dir=folder)
-    for x in image_batches(detector, samples):  # written and then mapped: a full disk says so
+    for x in image_batches(detector, samples):
         rows = torch.cat([f.flatten(1) for f in teacher(x)], dim=1)
         rows.cpu().numpy().tofile(file)
     array = np.memmap(file, np.float16, "r", shape=(len(samples), sum(sizes)))
 
+    # Read the rows of a batch and undo the flattening.
     device = first[0].device
-    for rows in batches:
-        values = torch.from_numpy(array[rows])
-        if device.type == "cuda":
+    on_gpu = device.type == "cuda"
+    for indices in batches:
+        values = torch.from_numpy(array[indices])  # (B, values per image)
+        if on_gpu:
             values = values.pin_memory()  # so that it is copied while the GPU computes
-        parts = values.to(device, non_blocking=True).split(sizes, dim=1)
+        parts = values.to(device, non_blocking=on_gpu).split(sizes, dim=1)
         yield [part.unflatten(1, shape) for part, shape in zip(parts, shapes)]
 
 
 def save_checkpoint(detector: nn.Module, checkpoint: dict) -> None:
     """Add settings and weights to a checkpoint and write it to checkpoint.pt, whole or not at all:
-    a kill leaves no half. A trained teacher is not in it, a random one is."""
+    a kill leaves no half. It holds plain values and tensors:
+
+    config, a dict of Config; weights, by part of the detector, without a trained teacher; step and
+    optimizer, to go on from; thresholds, by variant; and of cada.py cada and oracle.
+    """
     checkpoint["config"] = asdict(detector.cfg)
     checkpoint["weights"] = {}
     for name, part in detector.named_children():
@@ -737,7 +827,7 @@ def save_checkpoint(detector: nn.Module, checkpoint: dict) -> None:
             checkpoint["weights"][name] = part.state_dict()
     path = Path(detector.cfg.out, "checkpoint.pt")
     torch.save(checkpoint, f"{path}.partial")
-    os.replace(f"{path}.partial", path)
+    os.replace(f"{path}.partial", path)  # in one go, by the system
 
 
 def load_weights(detector: nn.Module, checkpoint: dict) -> None:
@@ -770,8 +860,9 @@ def read_dataset(root: Path) -> tuple[list[Sample], list[Sample]]:
         train, test = read_visa(root)
     else:
         train, test = read_mvtec(root)
-    if not train:
-        raise UserError(f"--data {root}: no training images; put them in <class>/train/good")
+    if len(train) < 10:  # CADA needs some, and a mistake in the path is more likely
+        raise UserError(f"--data {root}: {len(train)} training images, which is too few; put 10 or "
+                        "more normal images into <class>/train/good")
     with ThreadPoolExecutor() as pool:  # threads suffice: Pillow decodes without Python's lock
         checks = pool.map(check_files, train + test)
         for _ in tqdm(checks, "checking images", len(train + test), leave=False, disable=None):
@@ -805,6 +896,8 @@ def read_mvtec(root: Path) -> tuple[list[Sample], list[Sample]]:
             raise UserError(f"no training images in {folder / 'train/good'}; put normal ones there")
         train += [Sample(path, cls) for path in normal]
 
+        # Kinds of defects, and "good". Folders of masks count too: one whose name is misspelt would
+        # go unnoticed else.
         kinds = {p.name for p in [*folder.glob("test/*"), *folder.glob("ground_truth/*")]}
         for kind in sorted(kinds):
             images = images_in(folder / "test" / kind)
@@ -898,27 +991,27 @@ def image_batches(detector: nn.Module, samples: list[Sample],
         num_workers=workers, pin_memory=device.type == "cuda",
         generator=torch.Generator())  # its own: it must draw nothing from that of the training
     for x in tqdm(loader, "images", leave=False, disable=bar_off):
-        yield x.to(device, non_blocking=True)
+        yield x.to(device, non_blocking=loader.pin_memory)
 # ==== end shared
 
 
 # ==== shared: metrics
 def area_under(x: np.ndarray, y: np.ndarray, limit: float = 1.0) -> float:
-    """Area under the curve through points (x, y), x rising, from 0 to `limit`, divided by it: 1 is
-    perfect. Between two points, and at the limit, it runs on a straight line."""
+    """Area under the curve through points (x, y), x rising, from 0 to `limit`, divided by `limit`:
+    1 is perfect. Between two points, and so at the limit, the curve is a straight line."""
     inside = x <= limit
     end = np.interp(limit, x, y)
     return float(np.trapezoid(np.append(y[inside], end), np.append(x[inside], limit)) / limit)
 
 
-def ranking_metrics(kind: str, scores: np.ndarray, positive: np.ndarray) -> dict[str, float]:
+def ranking_metrics(kind: str, scores: np.ndarray, positive: np.ndarray) -> dict:
     """<kind>-AUROC, <kind>-AP and <kind>-F1max in 0..1 of scores with bool labels of the same
     shape; for pixels, kind "P", (N, H, W), also AUPRO. {} if all labels are equal.
 
     Exact: every distinct score is a threshold. But between two scores of positives only the number
-    of false positives changes, so the scores of positives, few among pixels, give all the points
-    that are needed: one where their threshold lets all above it pass, and one where it lets them
-    pass too. Memory: 12 bytes a pixel if 2 % are anomalous, 20 if 7 %.
+    of false positives changes. So the K distinct scores of positives, few among pixels, give all
+    the points that are needed: one where the threshold lies just above such a score, and one where
+    it lies at it. Memory: 12 bytes a pixel if 2 % are anomalous, 20 if 7 %.
 
     AUPRO is the area under a ROC curve in which a defective pixel weighs 1 / (area of its region),
     so that each 8-connected region counts once, however large; up to a false-positive rate of 0.3.
@@ -928,17 +1021,18 @@ def ranking_metrics(kind: str, scores: np.ndarray, positive: np.ndarray) -> dict
     if positives == 0 or negatives == 0:
         return {}
 
+    # How many scores, and how many true positives (tp), lie above each threshold, and how many at
+    # it or above: (K,) each, from the highest threshold on.
     ranked = np.sort(scores, axis=None)
     ranked_positive = np.sort(scores[positive])
     thresholds = np.unique(ranked_positive)[::-1]
-    # How many pixels, and how many true positives, are > each threshold, and >= it.
     flagged_above = scores.size - np.searchsorted(ranked, thresholds, side="right")
     flagged = scores.size - np.searchsorted(ranked, thresholds, side="left")
     tp_above = positives - np.searchsorted(ranked_positive, thresholds, side="right")
     tp = positives - np.searchsorted(ranked_positive, thresholds, side="left")
 
     def curve(above: np.ndarray, at: np.ndarray) -> np.ndarray:
-        """The two points of each threshold one after the other, between the corners 0 and 1."""
+        """(K,), (K,) -> (2K + 2,): both points of each threshold, between the corners 0 and 1."""
         return np.concatenate([[0], np.stack([above, at], axis=1).ravel(), [1]])
 
     fpr = curve((flagged_above - tp_above) / negatives, (flagged - tp) / negatives)
@@ -950,16 +1044,17 @@ def ranking_metrics(kind: str, scores: np.ndarray, positive: np.ndarray) -> dict
         neighbours = np.zeros((3, 3, 3))
         neighbours[1] = 1  # the 8 around a pixel, and none in another image
         regions, count = ndimage.label(positive, neighbours)
-        region = regions[positive]
+        region = regions[positive]  # the number of the region that each defective pixel is in
         weight = 1 / np.bincount(region)[region]
         highest_first = np.argsort(scores[positive])[::-1]
-        overlap = np.append(0, weight[highest_first].cumsum()) / count  # of the k highest, k >= 0
+        # overlap[k]: how much of a region, on average, the k highest defective pixels cover
+        overlap = np.append(0, weight[highest_first].cumsum()) / count
         metrics["AUPRO"] = area_under(fpr, curve(overlap[tp_above], overlap[tp]), 0.3)
     return metrics
 
 
 def summarise(scores: np.ndarray, labels: np.ndarray, classes: np.ndarray, maps: np.ndarray,
-              masks: np.ndarray | None) -> dict[str, dict[str, float]]:
+              masks: np.ndarray | None) -> dict[str, dict]:
     """All metrics by both protocols: {class: {}, ..., "class mean": {}, "pooled": {}}.
 
     pooled: all classes in one ranking, as one threshold sees them (absolute-unified).
@@ -967,7 +1062,7 @@ def summarise(scores: np.ndarray, labels: np.ndarray, classes: np.ndarray, maps:
     class a threshold of its own, so that a difference in level costs nothing. A class without good
     or without defective images has no such metric, and does not count.
     """
-    def metrics(rows: np.ndarray) -> dict[str, float]:
+    def metrics(rows: np.ndarray) -> dict:
         found = ranking_metrics("I", scores[rows], labels[rows] == 1)
         if masks is not None:
             found |= ranking_metrics("P", maps[rows], masks[rows])
@@ -985,22 +1080,8 @@ def summarise(scores: np.ndarray, labels: np.ndarray, classes: np.ndarray, maps:
 
 
 # ==== shared: report
-MOST_CLASSES = 12  # that a picture shows
-
-
-@dataclass
-class Layer:
-    """A row of heatmaps.png: pictures by sample, whose values low..high are drawn in `colours`."""
-
-    name: str
-    pictures: Tensor | np.ndarray | dict  # (N, h, w), or {index: image}
-    low: float
-    high: float
-    colours: str | Colormap
-
-
-def report(cfg: Config, samples: list[Sample], maps: dict[str, Tensor],
-           thresholds: dict[str, float], decides: str, layers: list[Layer]) -> tuple[dict, dict]:
+def report(cfg: Config, samples: list[Sample], maps: dict, thresholds: dict, decides: str,
+           layers: list[Layer]) -> tuple[dict, dict]:
     """Print and write how well maps {variant: (N, S, S)} tell good from defective samples. Returns
     image scores (N,) and metrics, both by variant.
 
@@ -1042,8 +1123,7 @@ def print_table(results: dict) -> None:
             print(f"{part:<{width}}  {variant:<7}" + "".join(f"{v:>9.1f}" for v in values))
 
 
-def write_scores(path: Path, samples: list[Sample], scores: dict[str, np.ndarray],
-                 flagged: np.ndarray) -> None:
+def write_scores(path: Path, samples: list[Sample], scores: dict, flagged: np.ndarray) -> None:
     """One row an image. A file name that is no UTF-8 is written as the system has it."""
     with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
@@ -1053,7 +1133,7 @@ def write_scores(path: Path, samples: list[Sample], scores: dict[str, np.ndarray
             writer.writerow([s.path, s.cls, s.label, *values, flagged[i]])
 
 
-def write_metrics(path: Path, cfg: Config, thresholds: dict[str, float], results: dict) -> None:
+def write_metrics(path: Path, cfg: Config, thresholds: dict, results: dict) -> None:
     """Everything needed to quote a number: settings, thresholds, metrics in 0..1."""
     content = {"config": asdict(cfg), "thresholds": thresholds, "results": results}
     path.write_text(json.dumps(content, indent=2) + "\n")
@@ -1079,7 +1159,7 @@ def plot_heatmaps(path: Path, samples: list[Sample], masks: np.ndarray | None,
 
     rows = []  # (layer, label of the images that it is shown of)
     for label, kind in ((0, "good"), (1, "defective")):
-        if any(s.label == label for s in samples):
+        if any((cls, label) in middle for cls in classes):
             rows.append((Layer(f"{kind} image", images, 0, 255, "gray"), label))
             if label and masks is not None:
                 rows.append((Layer("ground truth", masks, 0, 1, "gray"), label))
@@ -1096,7 +1176,7 @@ def plot_heatmaps(path: Path, samples: list[Sample], masks: np.ndarray | None,
                 drawn = ax.imshow(picture, cmap=layer.colours, vmin=layer.low, vmax=layer.high)
         axes[0].set_ylabel(layer.name, rotation=0, ha="right", va="center", fontsize=12)
         bar = figure.colorbar(drawn, ax=list(axes), aspect=10)
-        bar.ax.set_visible(layer.colours != "gray")
+        bar.ax.set_visible(layer.colours != "gray")  # images need none, but it keeps the columns
     for ax, cls in zip(grid[0], classes):
         ax.set_title(cls, fontsize=12, parse_math=False)
     figure.savefig(path, dpi=150, bbox_inches="tight", facecolor="white")
@@ -1106,7 +1186,8 @@ def write_predictions(cfg: Config, threshold: float, anomaly_maps: Callable) -> 
     """For each image that the command line names: a line of JSON, and the image with its heat map
     on it. anomaly_maps: samples -> smoothed maps (N, S, S).
 
-    A map's value of 0 is clear and twice the threshold is the hottest, in every image.
+    A map's value of 0 is clear and twice the threshold is the hottest, in every image. Images are
+    read one by one, so that a broken one costs no line of those before it.
     """
     files = []
     for path in map(Path, cfg.paths):
@@ -1121,7 +1202,7 @@ def write_predictions(cfg: Config, threshold: float, anomaly_maps: Callable) -> 
         amap = anomaly_maps([Sample(path)])
         score = image_score(amap).item()
 
-        heat = (amap[0] / (2 * threshold)).clamp(0, 1).numpy()
+        heat = (amap[0] / (2 * threshold)).clamp(0, 1).numpy()  # (S, S)
         colours = colormaps["inferno"](heat, alpha=0.8 * heat, bytes=True)  # (S, S, RGBA)
         image = load_image(path)
         overlay = Image.fromarray(colours).resize(image.size)
@@ -1143,25 +1224,30 @@ def read_command_line(argv: list[str] | None, published: Config, demo: dict,
     that a flag goes before everything. They come from the checkpoint, else from the data set
     (`demo`, `visa`), else they are the `published` ones.
     """
-    sys.stdout.reconfigure(errors="replace")  # for names that the console cannot print
     config = type(published)
     cfg = tyro.cli(config, args=argv, default=published)
     if (cfg.command == "predict") != bool(cfg.paths):
         raise UserError(f"{cfg.command}: name images after predict, and only there")
 
+    # A new training: the data set decides.
     if cfg.command == "train" and not cfg.resume and not cfg.checkpoint:
-        folders = [HERE / "data/mvtec", HERE / "data/visa", HERE / "data/demo"]
-        existing = [folder for folder in folders if folder.is_dir()]
-        root = Path(cfg.data or existing[0]).resolve()
-        print(f"data: {root}; data/README.md tells where to get others", file=sys.stderr)
+        root = HERE / "data/demo"
+        for name in ("visa", "mvtec"):
+            if (HERE / "data" / name).is_dir():
+                root = HERE / "data" / name
+        if cfg.data:
+            root = Path(cfg.data).resolve()
         preset = {}
-        if root == folders[2]:
+        if root == HERE / "data/demo":
             preset = demo
         elif (root / "split_csv/1cls.csv").is_file():
             preset = visa
+        print(f"data: {root}; data/README.md tells where to get others", file=sys.stderr)
         defaults = replace(published, data=str(root), **preset)
         return tyro.cli(config, args=argv, default=defaults), None
 
+    # All else starts from a checkpoint, and writes into its folder, except for a training that
+    # only starts from it.
     path = Path(cfg.checkpoint or Path(cfg.out, "checkpoint.pt"))
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -1169,7 +1255,9 @@ def read_command_line(argv: list[str] | None, published: Config, demo: dict,
     except Exception as e:  # no such file, no checkpoint, a malicious one, another script's, ...
         raise UserError(f"--checkpoint {path}: {str(e)[:100]}; name one that this script (and "
                         "--base) wrote, or train first")
-    out = published.out if cfg.command == "train" and not cfg.resume else str(path.parent)
+    out = str(path.parent)
+    if cfg.command == "train" and not cfg.resume:
+        out = published.out
     defaults = replace(defaults, out=out)
     return tyro.cli(config, args=argv, default=defaults), checkpoint
 
@@ -1197,10 +1285,10 @@ class Base:
     base: Literal["revdist", "cnc"] = "revdist"  # the detector that CADA aligns
 
 
-def run(argv: list[str] | None, published: Config, demo: dict, visa: dict, build: Callable,
-        train_detector: Callable) -> None:
-    """Load, train, align, evaluate. The last five arguments are a detector's: its settings by
-    default, on the demo set and on VisA, and its functions `build` and `train_detector`."""
+def run(argv: list[str], published: Config, demo: dict, visa: dict, build_detector: Callable,
+        train: Callable) -> None:
+    """Load, train, align, evaluate. All arguments but the first are of a detector, RevDist or CNC:
+    its default settings, what replaces them on the demo set and on VisA, and its two functions."""
     cfg, checkpoint = read_command_line(argv, published, demo, visa)
     if cfg.command != "train" and "cada" not in checkpoint:
         raise UserError("no CADA in the checkpoint: --resume its training, or add CADA to a CNC by "
@@ -1208,20 +1296,15 @@ def run(argv: list[str] | None, published: Config, demo: dict, visa: dict, build
     normal, test = [], []
     if cfg.command != "predict":
         normal, test = read_dataset(Path(cfg.data))
-    detector = build(cfg, checkpoint)
+    detector = build_detector(cfg, checkpoint)
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
 
     if cfg.command == "train":
         kept, held = hold_out(cfg, normal)
-        checkpoint = train_detector(detector, kept, checkpoint)
+        checkpoint = train(detector, kept, checkpoint)
         if RANK > 0:  # of torchrun's processes the first goes on alone
             return
-        align(detector, normal, checkpoint)
-        maps = aligned_maps(detector, held, checkpoint)
-        checkpoint["thresholds"] = {}
-        for variant in ("raw", "cada"):
-            scores = image_score(maps[variant])
-            checkpoint["thresholds"][variant] = conformal_threshold(scores, cfg.quantile)
+        align(detector, normal, held, checkpoint)
         save_checkpoint(detector, checkpoint)
 
     thresholds = checkpoint["thresholds"]
@@ -1248,7 +1331,7 @@ def main(argv: list[str] | None = None) -> int:
             published = replace(cnc.Config(), out=Config.out)
             run(others, published, cnc.DEMO, cnc.VISA, cnc.build, cnc.train_detector)
         else:
-            run(others, Config(), DEMO, VISA, build, train_detector)
+            run(others, Config(), DEMO, {}, build, train_detector)
         return 0
     except mistakes as e:
         print("cada.py: error:", " ".join(str(e).split()), file=sys.stderr)
@@ -1260,4 +1343,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # for names that the console cannot print
     sys.exit(main())

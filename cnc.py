@@ -11,11 +11,13 @@ decoder so many kinds of patches that it reproduces anomalies too ("over-general
 guides the decoded features towards learnable prompts that mean "normal", whatever the class. And it
 sends each patch through 2 of 5 experts, so that patches of different kinds disturb each other less.
 
-How text helps. The margin of a patch says how much nearer it is to the normal text t_n than to the
-abnormal one t_a; psi in 0..1 says how normal that is. Where psi is small, the patch keeps its full
-distance to the decoded one, which the constraint has moved the other way, towards "normal". Where
-psi is large, both gain the same normal direction, so that what the decoder gets wrong about texture
-counts for less. A text that means nothing does this at random, which costs a little.
+How text helps. CLIP has a joint space, in which images and texts can be compared. There t_n is the
+vector of the normal prompt and t_a that of the abnormal one; the margin of a patch says how much
+nearer it is to t_n than to t_a, and psi in 0..1 how normal that is. The constraint moves decoded
+patches towards t_n. The promotion adds psi (t_n - t_a) to a patch and to its decoded version. Where
+psi is large, both gain the same direction, so that what the decoder gets wrong about texture counts
+for less; where it is small, they keep their full distance. A text that means nothing does this at
+random, which costs a little.
 
     image (B, 3, S, S)               "[V1]..[V4] object." "[V1]..[V4] damaged object." per tap
       |                                                     |
@@ -40,10 +42,11 @@ From paper to code ("tap": a block of the teacher whose output is read):
     fusion of the taps, decoder [port]             Student
     feature-level normality promotion [paper]      promote; its form: [ours] D13
     cross-modal normality constraint [paper]       CNC.constraint; its form: [ours] D10
-    theta = 5, tau = 0.001 [paper]                 CNC.forward; their roles: [ours] D9, D10
+    theta = 5, tau = 0.001 [paper]                 CNC.forward: warm-up epochs, and temperature of
+                                                   the constraint; these roles: [ours] D9, D10
     distillation by cosine [paper]                 CNC.distance; by patches: [ours] D12
     joint space of image and text                  Teacher.joint; for all taps: [ours] D11
-    anomaly map M [paper]                          CNC.describe; its score: [ours] D15
+    anomaly map M [paper]                          CNC.describe, image_score; details: [ours] D15
 
 Read it from the top. The method comes first, in the order in which an image passes through it;
 then come training and evaluation, and after them what every such script needs. Sections between
@@ -52,7 +55,7 @@ then come training and evaluation, and after them what every such script needs. 
     python cnc.py                                      train and evaluate; without data/mvtec and
                                                        data/visa on the small set in data/demo
     python cnc.py --data DIR                           on MVTec AD, VisA, or a tree of your own
-    python cnc.py --no-moe --no-fnp --no-constraint    plain reverse distillation, in joint space
+    python cnc.py --no-moe --no-fnp --no-constraint    reverse distillation without CNC's parts
     python cnc.py eval --checkpoint FILE               the same numbers again
     python cnc.py predict PATH ... --checkpoint FILE   score images, write heat maps
     torchrun --nproc-per-node=N cnc.py ...             train on N GPUs
@@ -120,6 +123,20 @@ def autocast(x: Tensor, dtype: torch.dtype) -> torch.autocast:
     """
     able = dtype == torch.float16 or torch.cuda.is_bf16_supported(False)
     return torch.autocast("cuda", dtype, enabled=x.is_cuda and able)
+
+
+@dataclass
+class Layer:
+    """A row of heatmaps.png: pictures by sample, whose values low..high are drawn in `colours`."""
+
+    name: str
+    pictures: Tensor | np.ndarray | dict  # (N, h, w), or {index: image}
+    low: float
+    high: float
+    colours: str | Colormap
+
+
+MOST_CLASSES = 12  # that a picture shows
 # ==== end shared
 
 
@@ -138,12 +155,12 @@ class Config:
     paths: Positional[tuple[str, ...]] = ()  # for predict: images, or folders of images
     data: str = ""  # data set folder; if not given: data/mvtec, else data/visa, else data/demo
     out: str = "runs/cnc"  # folder for everything that is written
-    seed: int = 0  # of weights, batches, images held out and dropout
+    seed: int = 0  # it decides the weights, the batches, the images held out and the dropout
     device: str = "auto"  # cpu, cuda, mps, or auto: a GPU of NVIDIA's if there is one, else the CPU
     # frozen CLIP: a ViT of open_clip's [paper], or tiny, a small one built here [ours] D3.
     # OpenAI's weights want a name that ends in -quickgelu
     teacher: str = "ViT-L-14-336-quickgelu"
-    weights: str = "openai"  # the teacher's: open_clip tag, local file, or none (random) [paper]
+    weights: str = "openai"  # of the teacher: open_clip tag, file, or none: random [paper]
     # sides in pixels of the square that images are squashed to, a multiple of the teacher's patch;
     # 0: what it was made for, 336 [paper]
     image_size: int = 0
@@ -158,34 +175,43 @@ class Config:
     # epochs in which the constraint teaches the prompts and not yet the decoder [paper], meaning
     # [ours] D9; the distillation runs from the start
     theta: int = 5
-    tau: float = 0.001  # temperature of the softmax over image-text cosines [paper]
+    tau: float = 0.001  # temperature of the constraint [paper], role [ours] D10
     moe: bool = True  # gated mixture of experts; --no-moe: one expert for all tokens
     fnp: bool = True  # feature-level normality promotion
-    constraint: bool = True  # guide the decoded features towards normal text
-    holdout: float = 0.1  # share of the training images kept back for the threshold; 0: none
+    # guide the decoded features towards normal text; in the warm-up the prompts learn by the same
+    # loss, and with --no-constraint they still do if the promotion needs them
+    constraint: bool = True
+    # share of the training images that is kept back for the threshold; 0: none [ours] D1
+    holdout: float = 0.1
     quantile: float = 0.99  # share of normal images that the threshold shall let pass [ours] D1
     threshold: float | None = None  # for predict: use this one instead of the checkpoint's
     # compute the teacher's features of the training images once, into an unnamed file in --out;
     # --no-cache computes them anew in every step [ours] D2
     cache: bool = True
-    workers: int = 4  # processes that read images, at most one a CPU core
+    workers: int = 4  # processes that read images; there are never more than CPU cores
     # what eval, predict and --resume read (default: checkpoint.pt in --out); given to train
     # without --resume, it is what the training starts from
     checkpoint: str = ""
     resume: bool = False  # go on with an interrupted training
 
     def __post_init__(self) -> None:
-        """Raises UserError for values that would fail late, or silently."""
+        """Raises UserError for values that would otherwise fail late, or not at all."""
         if not 0 <= self.seed < 2**32:
             raise UserError(f"--seed {self.seed}: give a whole number from 0 to {2**32 - 1}")
         if self.batch_size < 1:
             raise UserError(f"--batch-size {self.batch_size}: give at least 1")
+        if self.epochs < 1:
+            raise UserError(f"--epochs {self.epochs}: give at least 1")
         if not 1 <= self.top_k <= self.experts:
             raise UserError(f"--top-k {self.top_k}: give 1 to {self.experts}, the --experts")
+        if not self.tau > 0:
+            raise UserError(f"--tau {self.tau}: give a temperature above 0")
         if not 0 <= self.holdout < 1:
             raise UserError(f"--holdout {self.holdout}: give a share from 0 to below 1")
         if not 0 < self.quantile <= 1:
             raise UserError(f"--quantile {self.quantile}: give a share above 0, at most 1")
+        if self.threshold is not None and not self.threshold > 0:
+            raise UserError(f"--threshold {self.threshold}: give a score above 0")
 
 
 # On the demo set two CPU cores are enough. [ours] D3
@@ -198,15 +224,18 @@ class Teacher(nn.Module):
     """CLIP, both towers: no gradients into its weights, always in eval mode. [paper]
 
     forward: (B, 3, S, S) -> for each tap (B, 1 + N, C) float16: the CLS token, which stands for the
-    whole image, then the patches row by row. Blocks after the last tap are not run. Half precision
-    whether cached or not, so that --no-cache changes the time and nothing else.
+    whole image, then the patches row by row. Blocks after the last tap are not run. The tokens are
+    in half precision whether they are cached or not, so that on a CPU --no-cache changes the time
+    and nothing else. [ours] D2
     Raises UserError for impossible taps or sizes, and for weights that cannot be had or do not fit.
     """
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
         self.random = cfg.weights == "none"
-        with torch.random.fork_rng(devices=[]):  # a seed's teacher is the same whatever ran before
+        # The teacher of a seed is the same whatever was drawn before it, and nothing that is drawn
+        # after it, the student's weights above all, depends on the teacher.
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)
             self.clip, self.tokenizer = load_clip(cfg.teacher, cfg.weights, cfg.image_size)
         visual = self.clip.visual
@@ -219,9 +248,11 @@ class Teacher(nn.Module):
 
         depth = len(visual.transformer.resblocks)
         self.taps = list(cfg.taps) or [round(depth * third / 3) for third in (1, 2, 3)]
-        possible = set(range(1, depth + 1))
-        if self.taps != sorted(possible & set(self.taps)):
-            raise UserError(f"--taps {cfg.taps}: give numbers of blocks, 1 to {depth}, rising")
+        rising = self.taps == sorted(set(self.taps))
+        if not rising or self.taps[0] < 1 or self.taps[-1] > depth:
+            given = " ".join(map(str, self.taps))
+            raise UserError(f"--taps {given}: give rising numbers of blocks, 1 to {depth}")
+
         if self.random:
             self.register_buffer("mean", torch.zeros(len(self.taps), 1, self.width))
             self.register_buffer("whiten", torch.eye(self.width).repeat(len(self.taps), 1, 1))
@@ -243,7 +274,7 @@ class Teacher(nn.Module):
             cls = found["image_intermediates_prefix"][i]  # (B, 1, C)
             patches = found["image_intermediates"][i]  # (B, N, C)
             t = torch.cat([cls, patches], dim=1)
-            if self.random:
+            if self.random:  # its tokens differ in length from block to block and from CLS to patch
                 t = (F.layer_norm(t.float(), (self.width,)) - self.mean[i]) @ self.whiten[i]
             tokens.append(t.half())
         return tokens
@@ -256,6 +287,7 @@ class Teacher(nn.Module):
         all others in a cosine, and a decoder has learned it in no time. Whitening brings texture up
         to the same size. The tokens of a trained CLIP are left as they are.
         """
+        # Sums over all tokens, in float64, because a difference of two large ones follows.
         count = 0
         total = torch.zeros(self.mean.shape, dtype=torch.float64)
         products = torch.zeros(self.whiten.shape, dtype=torch.float64)
@@ -264,17 +296,20 @@ class Teacher(nn.Module):
             count += tokens.shape[1]
             total += tokens.sum(1, keepdim=True)
             products += tokens.mT @ tokens
-        mean = total / count
-        covariance = products / count - mean.mT @ mean  # (taps, C, C) = V L V^T
+
+        mean = total / count  # (taps, 1, C)
+        covariance = products / count - mean.mT @ mean  # (taps, C, C), of each tap = V L V^T
         self.mean.copy_(mean)
-        # W = V (L / l_max + 1/1000)^(-1/2) V^T, where the thousandth keeps noise small
+        # The whitening matrix of a tap is W = V (L / l_max + 1/1000)^(-1/2) V^T. Directions with
+        # less than a thousandth of the largest variance count as noise, which stays small.
         for tap in range(len(self.taps)):
-            values, vectors = torch.linalg.eigh(covariance[tap])  # rising
+            values, vectors = torch.linalg.eigh(covariance[tap])  # (C,), rising, and (C, C)
             scale = (values / values[-1] + 1e-3).rsqrt()
-            self.whiten[tap] = vectors * scale @ vectors.T
+            self.whiten[tap] = (vectors * scale) @ vectors.T
 
     def unwhitened(self, features: list[Tensor]) -> list[Tensor]:
-        """Undo the whitening: [(B, 1 + N, C)] -> the same, layer-normalised, less a mean.
+        """Undo the whitening: [(B, 1 + N, C)] -> the same, layer-normalised, less a mean that is
+        the same for all.
 
         Whitening brings out what tells patches apart, at the cost of what tells classes apart, and
         CADA wants to know classes. [ours] D17
@@ -302,7 +337,7 @@ def tiny_clip(size: int) -> open_clip.CLIP:
     vision = TINY_VISION | {"image_size": size or TINY_VISION["image_size"]}
     clip = open_clip.CLIP(embed_dim=192, vision_cfg=vision, text_cfg=TINY_TEXT)
     clip.visual.positional_embedding.data *= 0.3  # as it is drawn, it outweighs texture
-    nn.init.orthogonal_(clip.visual.proj)  # so that the joint space keeps cosines
+    nn.init.orthogonal_(clip.visual.proj)  # as good as a rotation: the joint space keeps cosines
     return clip
 
 
@@ -363,15 +398,15 @@ class PromptLearner(nn.Module):
         super().__init__()
         ids = tokenizer(self.SENTENCES)  # (2, length): start, context, sentence, end, padding
         words = clip.token_embedding(ids).detach()  # (2, length, dim)
-        self.register_buffer("ids", ids, persistent=False)
-        self.register_buffer("words", words, persistent=False)
+        self.register_buffer("ids", ids, persistent=False)  # the teacher has both: no checkpoint
+        self.register_buffer("words", words, persistent=False)  # needs to store them
         self.ctx = nn.Parameter(words[0, 1:1 + self.N_CTX].repeat(taps, 1, 1))
         start = encode_prompts(clip, words, ids).detach()  # (2, D)
         self.register_buffer("start", start.repeat(taps, 1, 1))
 
     def forward(self, clip: open_clip.CLIP) -> Tensor:
         taps = len(self.ctx)
-        words = self.words.repeat(taps, 1, 1, 1)  # (taps, 2, length, dim)
+        words = self.words.repeat(taps, 1, 1, 1)  # a copy, (taps, 2, length, dim)
         words[:, :, 1:1 + self.N_CTX] = self.ctx[:, None]
         text = encode_prompts(clip, words.flatten(0, 1), self.ids.repeat(taps, 1))
         return text.unflatten(0, (taps, 2))
@@ -381,8 +416,10 @@ def encode_prompts(clip: open_clip.CLIP, words: Tensor, ids: Tensor) -> Tensor:
     """CLIP's frozen text tower, from its word embeddings on: words (n, length, dim), and their
     tokens ids (n, length) -> unit vectors (n, D)."""
     x = clip.transformer(words + clip.positional_embedding, attn_mask=clip.attn_mask)
-    x = clip.ln_final(x)
-    end = ids.argmax(dim=-1)  # the end token, which has read all others, has the largest number
+    x = clip.ln_final(x)  # (n, length, dim)
+    # The mask lets a token read those before it, so only the end token has read the sentence. It
+    # has the largest number.
+    end = ids.argmax(dim=-1)
     text = x[torch.arange(len(x)), end] @ clip.text_projection
     return F.normalize(text.float(), dim=-1)
 
@@ -409,23 +446,24 @@ class GatedMoE(nn.Module):
     def route(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(T, dim) -> weights (T, K), chosen experts (T, K) and probabilities of all (T, experts),
         for T tokens and K = top_k."""
-        with torch.autocast(tokens.device.type, enabled=False):  # bf16 would change who is chosen
+        with torch.autocast(tokens.device.type, enabled=False):  # bf16 would change some choices
             scores = self.gate(tokens.float())
         top, chosen = scores.topk(self.top_k, dim=-1)
-        return top.softmax(-1), chosen, scores.softmax(-1)
+        return top.softmax(-1), chosen, scores.softmax(-1)  # weights add up to 1 over the K
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         tokens = x.flatten(0, 1)  # (B, N, dim) -> (T, dim)
         weights, chosen, probabilities = self.route(tokens)
         y = torch.zeros_like(tokens, dtype=torch.float32)
         for k, expert_k in enumerate(self.experts):
-            token, place = (chosen == k).nonzero(as_tuple=True)  # who chose it, as which choice
-            answer = expert_k(tokens[token]).float()  # it sees no other tokens
-            y = y.index_add(0, token, weights[token, place, None] * answer)
+            # (m,) and (m,): the m tokens that chose this expert, and as which of their K choices
+            token, choice = (chosen == k).nonzero(as_tuple=True)
+            answer = expert_k(tokens[token]).float()  # (m, dim): it sees no other tokens
+            y = y.index_add(0, token, weights[token, choice, None] * answer)
 
         # (std / mean)^2 of the experts' summed probabilities: 0 when all are equally probable.
-        # Without it the gate may settle on two experts that get all tokens and gradients. In the
-        # port it stands in a comment. [port]
+        # Without it the gate may settle on two experts that get all tokens and gradients. The port
+        # has it too, but commented out. [port]
         load = probabilities.sum(0)
         balance = load.var(correction=0) / load.mean() ** 2
         return y.view(x.shape), balance
@@ -460,14 +498,37 @@ class Student(nn.Module):
         decoded = []
         for block in self.blocks:
             x = block(x)
-            decoded.insert(0, x)
+            decoded.insert(0, x)  # the block that runs last reproduces the first tap
         return decoded, balance
 
 
 # ---- CNC -----------------------------------------------------------------------------------------
+def margin(v: Tensor, text: Tensor) -> Tensor:
+    """<v, t_n - t_a>: how much nearer unit vectors v (taps, B, N, D) are to the normal text than to
+    the abnormal one, of text (taps, 2, D). Returns (taps, B, N).
+
+    This is no matrix product, which on a GPU would be rounded to three digits: tau asks for more.
+    """
+    direction = text[:, 0] - text[:, 1]  # (taps, D)
+    return (v * direction[:, None, None]).sum(-1)
+
+
+def promote(v: Tensor, psi: Tensor, text: Tensor) -> Tensor:
+    """Feature-level normality promotion: v* = v + psi (t_n - t_a).
+
+    v: unit vectors (taps, B, N, D), psi (taps, B, N) in 0..1, text (taps, 2, D). Returns
+    (taps, B, N, D), not normalised, since the cosine that follows does that. Encoded and decoded
+    patch gain the same, so the angle between them mostly shrinks, and shrinks the more the more
+    normal the text finds the patch; one that it finds abnormal keeps its distance. That CNC has a
+    promotion is [paper], its form [ours] D13.
+    """
+    direction = text[:, 0] - text[:, 1]  # (taps, D)
+    return v + psi[..., None] * direction[:, None, None]
+
+
 class NormalMargins(nn.Module):
     """Mean and standard deviation of the margins of encoded normal patches, tap by tap, (taps, 1,
-    1) each, averaged over all training steps. [ours] D13
+    1) each, over all training steps so far. [ours] D13
 
     What a margin of 0.05 means differs from tap to tap and from CLIP to CLIP; these two say it
     without any label.
@@ -480,24 +541,12 @@ class NormalMargins(nn.Module):
         self.register_buffer("steps", torch.zeros(()))
 
     @torch.no_grad()
-    def update(self, margin: Tensor) -> None:
+    def update(self, margins: Tensor) -> None:
         """Take in the margins (taps, B, N) of one training step."""
-        std, mean = torch.std_mean(margin, dim=(1, 2), correction=0, keepdim=True)
+        std, mean = torch.std_mean(margins, dim=(1, 2), correction=0, keepdim=True)
         self.steps += 1
-        self.mean.lerp_(mean, 1 / self.steps)
+        self.mean.lerp_(mean, 1 / self.steps)  # a running average: m += (new - m) / steps
         self.std.lerp_(std, 1 / self.steps)
-
-
-def promote(v: Tensor, psi: Tensor, text: Tensor) -> Tensor:
-    """Feature-level normality promotion: v* = v + psi (t_n - t_a).
-
-    v: unit vectors (taps, B, N, D), psi (taps, B, N) in 0..1, text (taps, 2, D). Returns
-    (taps, B, N, D), not normalised. Encoded and decoded patch gain the same, so the angle between
-    them mostly shrinks, and shrinks the more the more normal the text finds the patch; one that it
-    finds abnormal keeps its distance. That there is one is [paper], the form [ours] D13.
-    """
-    direction = text[:, 0] - text[:, 1]  # (taps, D)
-    return v + psi[..., None] * direction[:, None, None]
 
 
 class CNC(nn.Module):
@@ -541,66 +590,64 @@ class CNC(nn.Module):
         """Lists of (B, 1 + N, C) -> patches in the joint space, unit vectors (taps, B, N, D)."""
         return torch.stack([self.teacher.joint(t[:, 1:]) for t in tokens])
 
-    def margin(self, v: Tensor, text: Tensor) -> Tensor:
-        """<v, t_n - t_a>: how much nearer to the normal text, (taps, B, N, D) -> (taps, B, N).
-
-        No matrix product: bf16 and TF32 would round it to three digits, and tau asks for more.
-        """
-        direction = text[:, 0] - text[:, 1]  # (taps, D)
-        return (v * direction[:, None, None]).sum(-1)
-
     def psi(self, e: Tensor, text: Tensor) -> Tensor:
         """The cross-modal control coefficient of encoded patches, (taps, B, N, D) -> (taps, B, N)
         in 0..1: a sigmoid of how many standard deviations the margin is above the average of normal
         patches. [ours] D13"""
-        deviations = (self.margin(e, text) - self.margins.mean) / (self.margins.std + 1e-6)
+        deviations = (margin(e, text) - self.margins.mean) / (self.margins.std + 1e-6)
         return deviations.sigmoid()
 
     def distance(self, e: Tensor, d: Tensor, text: Tensor) -> Tensor:
         """1 - cos(e*, d*) of each patch: (taps, B, N, D) -> (taps, B, N) in 0..2. RD with a cosine
         is [paper], patch by patch and in the joint space [ours] D12."""
         if self.cfg.fnp:
-            psi = self.psi(e, text)
+            psi = self.psi(e, text)  # of e for both: by training, d looks normal anyway
             e = promote(e, psi, text)
             d = promote(d, psi, text)
         return 1 - F.cosine_similarity(e, d, dim=-1)
 
     def constraint(self, v: Tensor, text: Tensor) -> Tensor:
         """The cross-modal normality constraint: the cross entropy of softmax(<v, [t_n, t_a]> / tau)
-        against "normal", times tau; mean over patches v (taps, B, N, D). [paper] target and tau,
-        [ours] D10 form.
+        against "normal", times tau; mean over patches v (taps, B, N, D). [paper] that there is one
+        and the value of tau; its form is [ours] D10.
 
         Each cosine is taken less its mean over normal patches, else tau = 0.001 would leave no
         gradient: a gap of 0.01 is one of 10 between the logits. A softmax sees only the difference
-        of its two logits, so the margin and 0 say the same. With two texts the cross entropy is
-        log(1 + exp(-margin / tau)): at tau = 0.001 a hinge, which is 0 where the margin is above
-        the average and rises with 1 / tau below it. Times tau the slope is 1, about that of the
-        distillation.
+        of its two logits, so the margin and 0 say the same.
+
+        With two texts the cross entropy is log(1 + exp(-margin / tau)). At tau = 0.001 that is a
+        hinge: 0 where the margin is above the average, and below it a line of slope 1 / tau. Times
+        tau the slope is 1, like that of a cosine in the distillation.
         """
-        margin = self.margin(v, text) - self.margins.mean
-        logits = torch.stack([margin, torch.zeros_like(margin)], dim=-1) / self.cfg.tau
-        normal = torch.zeros(margin.numel(), dtype=torch.long, device=v.device)  # the first text
+        centred = margin(v, text) - self.margins.mean  # (taps, B, N)
+        logits = torch.stack([centred, torch.zeros_like(centred)], dim=-1) / self.cfg.tau
+        normal = torch.zeros(centred.numel(), dtype=torch.long, device=v.device)  # the first text
         return self.cfg.tau * F.cross_entropy(logits.flatten(0, 2), normal)
 
     def forward(self, features: list[Tensor], warm_up: bool = False) -> Tensor:
         """The loss: L = L_distillation + L_constraint + 0.01 L_balance, a scalar; and in the
-        warm-up, while the prompts learn, |text - start|^2.
+        warm-up, while the prompts learn, |text - start|^2. The weights are [ours] D14, D16.
 
         In the warm-up the constraint reads *encoded* patches and teaches the prompts to find all
         normal patches alike, held back by their distance to the words that they started as. After
-        it, it reads *decoded* patches and teaches the decoder; the prompts are fixed. [ours] D9
+        it, it reads *decoded* patches [paper] and teaches the decoder; the prompts are fixed. That
+        theta means this is [ours] D9.
         """
         encoded, decoded, balance = self.decode(features)
         e = self.patches(encoded)
         d = self.patches(decoded)
         learning = warm_up and self.uses_text()
         text = self.text(learning)
-        self.margins.update(self.margin(e, text))
-        loss = self.distance(e, d, text.detach()).mean() + self.BALANCE_WEIGHT * balance
+        self.margins.update(margin(e, text))
 
+        # Distillation. It must not teach the prompts: they could learn to hide errors.
+        loss = self.distance(e, d, text.detach()).mean() + self.BALANCE_WEIGHT * balance
+        # Warm-up: the prompts learn from what the teacher says of normal patches. Their distance to
+        # where they started keeps "damaged" damaged.
         if learning:
             drift = (text - self.prompts.start).square().sum((1, 2)).mean()
             loss = loss + self.constraint(e, text) + drift
+        # After it: the decoder learns, since the text has no gradient.
         elif self.cfg.constraint and not warm_up:
             loss = loss + self.constraint(d, text)
         return loss
@@ -612,55 +659,54 @@ class CNC(nn.Module):
     def describe(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Teacher features -> (pooled (B, 2 * taps * C), raw anomaly map (B, S, S) in 0..2).
 
-        M = mean over taps of 1 - cos(e*, d*) of each patch, up-sampled; align_corners=False
-        [ours] D15: a token's value belongs to the centre of its patch. Pooled, mean and standard
-        deviation over patches, is for CADA: frozen features of the whole image tell its class.
-        [ours] D6
+        M = mean over taps of 1 - cos(e*, d*) of each patch, up-sampled [paper]. A token's value
+        belongs to the centre of its patch, hence no align_corners [ours] D15. The pooled features,
+        mean and standard deviation over patches, are for CADA: frozen features of the whole image
+        tell its class. [ours] D6
         """
         encoded, decoded, _ = self.decode(features)
         e = self.patches(encoded)
         d = self.patches(decoded)
-        m = self.distance(e, d, self.text()).mean(0)  # (B, N)
-        maps = self.upsample(m, mode="bilinear", align_corners=False)
+        m = self.distance(e, d, self.text()).mean(0)  # over taps: (B, N)
+        maps = self.upsample(m, "bilinear")
 
         pooled = []
         for tokens in self.teacher.unwhitened(encoded):
-            std, mean = torch.std_mean(tokens[:, 1:], dim=1)
-            pooled += [std, mean]
+            std, mean = torch.std_mean(tokens[:, 1:], dim=1)  # (B, C) each
+            pooled += [mean, std]
         return torch.cat(pooled, dim=1), maps
 
     def explain(self, features: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """What the figures show: the anomaly map; what the text alone says, 1 - psi, (B, S, S) in
         0..1; and at each patch the number, from 1, of the expert with the largest weight (B, h, w).
         """
+        _, maps = self.describe(features)
         encoded = [f.float() for f in features]
         psi = self.psi(self.patches(encoded), self.text()).mean(0)  # (B, N)
         first = torch.ones_like(psi)
         if self.cfg.moe:
             with autocast(features[0], torch.bfloat16):
                 fused = self.student.fuse(torch.cat(encoded, dim=-1))
-            patches = fused[:, 1:].flatten(0, 1)
-            _, chosen, _ = self.student.moe.route(patches)
-            first = chosen[:, 0].view(psi.shape) + 1
+            _, chosen, _ = self.student.moe.route(fused[:, 1:].flatten(0, 1))
+            first = chosen[:, 0].view(psi.shape) + 1  # topk puts the largest weight first
         grid = (self.teacher.grid, self.teacher.grid)
-        return self.describe(features)[1], self.upsample(1 - psi), first.unflatten(1, grid)
+        return maps, self.upsample(1 - psi, "nearest"), first.unflatten(1, grid)
 
-    def upsample(self, values: Tensor, **how: str | bool) -> Tensor:
-        """One value a patch (B, N) -> one a pixel (B, S, S), by default without interpolation."""
+    def upsample(self, values: Tensor, mode: str) -> Tensor:
+        """One value a patch (B, N) -> one a pixel (B, S, S)."""
         grid = values.view(-1, 1, self.teacher.grid, self.teacher.grid)
-        return F.interpolate(grid, (self.teacher.size, self.teacher.size), **how)[:, 0]
+        return F.interpolate(grid, (self.teacher.size, self.teacher.size), mode=mode)[:, 0]
 
 
 # ==== shared: map and score
 def smooth(maps: Tensor) -> Tensor:
-    """Gaussian blur of (N, H, W) maps, sigma 4 pixels at 256 x 256 and in proportion elsewhere.
-    [ours] D4
+    """Gaussian blur of (N, H, W) maps: sigma 4 pixels at 256 x 256 [author], in proportion at other
+    sizes, with repeated edges [ours] D4.
 
-    Edges are repeated ("nearest") and the kernel sums to one, so a constant map stays constant. The
-    blur therefore commutes with (A - u) / (gamma - u): to normalise before it [author] or after it
-    is the same.
+    The kernel sums to one, so with repeated edges a constant map stays constant. The blur therefore
+    commutes with (A - u) / (gamma - u): to normalise before it [author] or after it is the same.
     """
-    sigma = maps.shape[-1] / 64
+    sigma = maps.shape[-1] / 64  # 256 / 64 = 4
     blurred = ndimage.gaussian_filter(maps.numpy(), (0, sigma, sigma), mode="nearest")
     return torch.from_numpy(blurred)
 
@@ -669,25 +715,26 @@ def image_score(maps: Tensor) -> Tensor:
     """Mean of the highest 1 % of the pixels of each map, which is steadier than the maximum:
     (N, H, W) -> (N,). [author]"""
     pixels = maps.flatten(1)
-    count = max(1, pixels.shape[1] // 100)
-    return pixels.topk(count, dim=1).values.mean(1)
+    highest = max(1, pixels.shape[1] // 100)  # 655 pixels of 256 x 256
+    return pixels.topk(highest, dim=1).values.mean(1)
 
 
 @torch.no_grad()
-def describe_all(detector: nn.Module, samples: list[Sample], describe: Callable) -> list[Tensor]:
-    """Show images to the frozen teacher and its features to `describe`, a method of the detector.
-    Returns what that returns, for all images: tensors (N, ...) on the CPU."""
+def run_on_images(detector: nn.Module, samples: list[Sample], method: Callable) -> list[Tensor]:
+    """Show images to the frozen teacher, and its features to a method of the detector. Returns what
+    that returns, for all images: tensors (N, ...) on the CPU."""
     detector.eval()  # BatchNorm by its running statistics: a score must not depend on its batch
     batches = []
     for x in image_batches(detector, samples):
-        batches.append([t.cpu() for t in describe(detector.teacher(x))])
+        batches.append([t.cpu() for t in method(detector.teacher(x))])
     return [torch.cat(parts) for parts in zip(*batches)]
 # ==== end shared
 
 
 # ---- training ------------------------------------------------------------------------------------
-RANK = int(os.environ.get("RANK", 0))  # torchrun's: which process this is, of how many
-COUNT = int(os.environ.get("WORLD_SIZE", 1))
+# torchrun says which of its processes this is, and of how many.
+RANK = int(os.environ.get("RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
 def build(cfg: Config, checkpoint: dict | None) -> CNC:
@@ -714,35 +761,42 @@ def train_detector(detector: CNC, samples: list[Sample], checkpoint: dict | None
     cfg = detector.cfg
     steps_an_epoch = len(samples) / cfg.batch_size
     steps = max(1, round(cfg.epochs * steps_an_epoch))
+    warm_up_steps = cfg.theta * steps_an_epoch
     step = checkpoint["step"] if checkpoint else 0
     if step >= steps:  # trained already
         return checkpoint
-    if cfg.batch_size % COUNT:
-        raise UserError(f"--batch-size {cfg.batch_size}: give a multiple of {COUNT} processes")
-    if detector.teacher.random and step == 0:  # of all images: the same in every process
+    if cfg.batch_size % WORLD_SIZE:
+        raise UserError(f"--batch-size {cfg.batch_size}: give a multiple of {WORLD_SIZE} processes")
+    # A random teacher sees all images in every process, or each would have another teacher.
+    if detector.teacher.random and step == 0:
         detector.teacher.estimate_statistics(image_batches(detector, samples))
 
     parameters = [*detector.student.parameters(), *detector.prompts.parameters()]
     optimizer = torch.optim.Adam(parameters, cfg.lr, fused=True)  # Adam: [paper]; fused: faster
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
+        optimizer.param_groups[0]["lr"] = cfg.lr  # a flag goes before what the checkpoint says
     engine = detector
-    if COUNT > 1:
+    if WORLD_SIZE > 1:
         distributed.init_process_group()
 
-    share = samples[RANK::COUNT]  # the images of this process
-    batches = shuffled(len(share), cfg.batch_size // COUNT, steps, cfg.seed + 1_000_000 * RANK)
+    share = samples[RANK::WORLD_SIZE]  # the images of this process
+    seed = cfg.seed + 1_000_000 * RANK  # processes draw batches of their own
+    batches = shuffled(len(share), cfg.batch_size // WORLD_SIZE, steps, seed)
     features = teacher_features(detector, share, batches[step:])
     detector.train()
     phase = None
     bar = tqdm(features, "training", steps, initial=step, disable=None)
     for encoded in bar:
-        warm_up = step < cfg.theta * steps_an_epoch
-        if warm_up != phase:
+        warm_up = step < warm_up_steps
+        if warm_up != phase:  # at the first step, and at the end of the warm-up
             phase = warm_up
             detector.prompts.requires_grad_(warm_up and detector.uses_text())
-            if COUNT > 1:  # it must be told anew which parameters learn
+            # The gradient is the mean over all processes. Which parameters have one is settled when
+            # the wrapper is made.
+            if WORLD_SIZE > 1:
                 engine = nn.parallel.DistributedDataParallel(detector)
+
         torch.manual_seed(hash((cfg.seed, RANK, step)))  # dropout, the same in a resumed run
         loss = engine(encoded, warm_up=warm_up)
         optimizer.zero_grad(set_to_none=True)
@@ -759,7 +813,7 @@ def train_detector(detector: CNC, samples: list[Sample], checkpoint: dict | None
             checkpoint = {"step": step, "optimizer": optimizer.state_dict()}
             save_checkpoint(detector, checkpoint)
 
-    if COUNT > 1:
+    if WORLD_SIZE > 1:
         distributed.destroy_process_group()
     return checkpoint
 
@@ -770,9 +824,9 @@ EXPERT_COLOURS = ListedColormap(["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#5
 
 
 def explain_all(detector: CNC, samples: list[Sample]) -> tuple[dict[str, Tensor], list[Layer]]:
-    """Anomaly maps of images (N, S, S), of what the text alone says and of CNC, the latter
-    smoothed; and what else there is to see of them."""
-    maps, text, first_expert = describe_all(detector, samples, detector.explain)
+    """Anomaly maps of images (N, S, S) in two variants: "text", what the text alone says; "cnc",
+    smoothed; and two more rows for heatmaps.png."""
+    maps, text, first_expert = run_on_images(detector, samples, detector.explain)
     layers = [Layer("text, 1 - psi", text, 0, 1, "cividis")]
     if detector.cfg.moe:
         layers.append(Layer("expert", first_expert, 0.5, 5.5, EXPERT_COLOURS))
@@ -782,7 +836,8 @@ def explain_all(detector: CNC, samples: list[Sample]) -> tuple[dict[str, Tensor]
 # ==== shared: fitting a detector
 def hold_out(cfg: Config, samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
     """Normal images to train on, and those kept back at random for the threshold, because the
-    decoder knows the former too well. With --holdout 0 both are all, as in the papers. [ours] D1"""
+    decoder knows the former too well. With --holdout 0 all images serve as both, as in the papers,
+    and the threshold comes out too low. [ours] D1"""
     if cfg.holdout == 0:
         return samples, samples
     kept, held = train_test_split(samples, test_size=cfg.holdout, random_state=cfg.seed)
@@ -792,11 +847,11 @@ def hold_out(cfg: Config, samples: list[Sample]) -> tuple[list[Sample], list[Sam
 def conformal_threshold(scores: Tensor, quantile: float) -> float:
     """The ceil((n + 1) quantile)-th smallest of the scores of n normal images, or the largest.
 
-    A new normal image lies above it with a probability of at most 1 - quantile, if n is large
-    enough and nothing has learned from these n (CADA's statistics have, a little). [ours] D1
+    A new normal image like these lies above it with a probability of at most 1 - quantile, if n is
+    large enough (99 for 0.99) and nothing has learned from these n; CADA has, a little. [ours] D1
     """
     n = len(scores)
-    rank = min(math.ceil((n + 1) * quantile), n)
+    rank = min(math.ceil((n + 1) * quantile), n)  # the + 1 counts the new image among the n
     return scores.sort().values[rank - 1].item()
 
 
@@ -826,6 +881,7 @@ def teacher_features(detector: nn.Module, samples: list[Sample],
             yield teacher(x)
         return
 
+    # One image tells the shapes, and with them whether the disk has room for all.
     first = teacher(next(image_batches(detector, samples, [[0]])))
     shapes = [f.shape[1:] for f in first]
     sizes = [f.numel() for f in first]
@@ -833,24 +889,33 @@ def teacher_features(detector: nn.Module, samples: list[Sample],
     needed = 2 * sum(sizes) * len(samples)  # two bytes a value
     if shutil.disk_usage(folder).free < needed:
         raise UserError(f"{folder} lacks the {needed / 2**30:.1f} GiB of a cache; use --no-cache")
+
+    # Write a row an image, its features one after the other; then map the file into memory. (A
+    # full disk would end a mapped file by a signal, and says so when it is written to.)
     file = tempfile.TemporaryFile(dir=folder)
-    for x in image_batches(detector, samples):  # written and then mapped: a full disk says so
+    for x in image_batches(detector, samples):
         rows = torch.cat([f.flatten(1) for f in teacher(x)], dim=1)
         rows.cpu().numpy().tofile(file)
     array = np.memmap(file, np.float16, "r", shape=(len(samples), sum(sizes)))
 
+    # Read the rows of a batch and undo the flattening.
     device = first[0].device
-    for rows in batches:
-        values = torch.from_numpy(array[rows])
-        if device.type == "cuda":
+    on_gpu = device.type == "cuda"
+    for indices in batches:
+        values = torch.from_numpy(array[indices])  # (B, values per image)
+        if on_gpu:
             values = values.pin_memory()  # so that it is copied while the GPU computes
-        parts = values.to(device, non_blocking=True).split(sizes, dim=1)
+        parts = values.to(device, non_blocking=on_gpu).split(sizes, dim=1)
         yield [part.unflatten(1, shape) for part, shape in zip(parts, shapes)]
 
 
 def save_checkpoint(detector: nn.Module, checkpoint: dict) -> None:
     """Add settings and weights to a checkpoint and write it to checkpoint.pt, whole or not at all:
-    a kill leaves no half. A trained teacher is not in it, a random one is."""
+    a kill leaves no half. It holds plain values and tensors:
+
+    config, a dict of Config; weights, by part of the detector, without a trained teacher; step and
+    optimizer, to go on from; thresholds, by variant; and of cada.py cada and oracle.
+    """
     checkpoint["config"] = asdict(detector.cfg)
     checkpoint["weights"] = {}
     for name, part in detector.named_children():
@@ -858,7 +923,7 @@ def save_checkpoint(detector: nn.Module, checkpoint: dict) -> None:
             checkpoint["weights"][name] = part.state_dict()
     path = Path(detector.cfg.out, "checkpoint.pt")
     torch.save(checkpoint, f"{path}.partial")
-    os.replace(f"{path}.partial", path)
+    os.replace(f"{path}.partial", path)  # in one go, by the system
 
 
 def load_weights(detector: nn.Module, checkpoint: dict) -> None:
@@ -891,8 +956,9 @@ def read_dataset(root: Path) -> tuple[list[Sample], list[Sample]]:
         train, test = read_visa(root)
     else:
         train, test = read_mvtec(root)
-    if not train:
-        raise UserError(f"--data {root}: no training images; put them in <class>/train/good")
+    if len(train) < 10:  # CADA needs some, and a mistake in the path is more likely
+        raise UserError(f"--data {root}: {len(train)} training images, which is too few; put 10 or "
+                        "more normal images into <class>/train/good")
     with ThreadPoolExecutor() as pool:  # threads suffice: Pillow decodes without Python's lock
         checks = pool.map(check_files, train + test)
         for _ in tqdm(checks, "checking images", len(train + test), leave=False, disable=None):
@@ -926,6 +992,8 @@ def read_mvtec(root: Path) -> tuple[list[Sample], list[Sample]]:
             raise UserError(f"no training images in {folder / 'train/good'}; put normal ones there")
         train += [Sample(path, cls) for path in normal]
 
+        # Kinds of defects, and "good". Folders of masks count too: one whose name is misspelt would
+        # go unnoticed else.
         kinds = {p.name for p in [*folder.glob("test/*"), *folder.glob("ground_truth/*")]}
         for kind in sorted(kinds):
             images = images_in(folder / "test" / kind)
@@ -1019,27 +1087,27 @@ def image_batches(detector: nn.Module, samples: list[Sample],
         num_workers=workers, pin_memory=device.type == "cuda",
         generator=torch.Generator())  # its own: it must draw nothing from that of the training
     for x in tqdm(loader, "images", leave=False, disable=bar_off):
-        yield x.to(device, non_blocking=True)
+        yield x.to(device, non_blocking=loader.pin_memory)
 # ==== end shared
 
 
 # ==== shared: metrics
 def area_under(x: np.ndarray, y: np.ndarray, limit: float = 1.0) -> float:
-    """Area under the curve through points (x, y), x rising, from 0 to `limit`, divided by it: 1 is
-    perfect. Between two points, and at the limit, it runs on a straight line."""
+    """Area under the curve through points (x, y), x rising, from 0 to `limit`, divided by `limit`:
+    1 is perfect. Between two points, and so at the limit, the curve is a straight line."""
     inside = x <= limit
     end = np.interp(limit, x, y)
     return float(np.trapezoid(np.append(y[inside], end), np.append(x[inside], limit)) / limit)
 
 
-def ranking_metrics(kind: str, scores: np.ndarray, positive: np.ndarray) -> dict[str, float]:
+def ranking_metrics(kind: str, scores: np.ndarray, positive: np.ndarray) -> dict:
     """<kind>-AUROC, <kind>-AP and <kind>-F1max in 0..1 of scores with bool labels of the same
     shape; for pixels, kind "P", (N, H, W), also AUPRO. {} if all labels are equal.
 
     Exact: every distinct score is a threshold. But between two scores of positives only the number
-    of false positives changes, so the scores of positives, few among pixels, give all the points
-    that are needed: one where their threshold lets all above it pass, and one where it lets them
-    pass too. Memory: 12 bytes a pixel if 2 % are anomalous, 20 if 7 %.
+    of false positives changes. So the K distinct scores of positives, few among pixels, give all
+    the points that are needed: one where the threshold lies just above such a score, and one where
+    it lies at it. Memory: 12 bytes a pixel if 2 % are anomalous, 20 if 7 %.
 
     AUPRO is the area under a ROC curve in which a defective pixel weighs 1 / (area of its region),
     so that each 8-connected region counts once, however large; up to a false-positive rate of 0.3.
@@ -1049,17 +1117,18 @@ def ranking_metrics(kind: str, scores: np.ndarray, positive: np.ndarray) -> dict
     if positives == 0 or negatives == 0:
         return {}
 
+    # How many scores, and how many true positives (tp), lie above each threshold, and how many at
+    # it or above: (K,) each, from the highest threshold on.
     ranked = np.sort(scores, axis=None)
     ranked_positive = np.sort(scores[positive])
     thresholds = np.unique(ranked_positive)[::-1]
-    # How many pixels, and how many true positives, are > each threshold, and >= it.
     flagged_above = scores.size - np.searchsorted(ranked, thresholds, side="right")
     flagged = scores.size - np.searchsorted(ranked, thresholds, side="left")
     tp_above = positives - np.searchsorted(ranked_positive, thresholds, side="right")
     tp = positives - np.searchsorted(ranked_positive, thresholds, side="left")
 
     def curve(above: np.ndarray, at: np.ndarray) -> np.ndarray:
-        """The two points of each threshold one after the other, between the corners 0 and 1."""
+        """(K,), (K,) -> (2K + 2,): both points of each threshold, between the corners 0 and 1."""
         return np.concatenate([[0], np.stack([above, at], axis=1).ravel(), [1]])
 
     fpr = curve((flagged_above - tp_above) / negatives, (flagged - tp) / negatives)
@@ -1071,16 +1140,17 @@ def ranking_metrics(kind: str, scores: np.ndarray, positive: np.ndarray) -> dict
         neighbours = np.zeros((3, 3, 3))
         neighbours[1] = 1  # the 8 around a pixel, and none in another image
         regions, count = ndimage.label(positive, neighbours)
-        region = regions[positive]
+        region = regions[positive]  # the number of the region that each defective pixel is in
         weight = 1 / np.bincount(region)[region]
         highest_first = np.argsort(scores[positive])[::-1]
-        overlap = np.append(0, weight[highest_first].cumsum()) / count  # of the k highest, k >= 0
+        # overlap[k]: how much of a region, on average, the k highest defective pixels cover
+        overlap = np.append(0, weight[highest_first].cumsum()) / count
         metrics["AUPRO"] = area_under(fpr, curve(overlap[tp_above], overlap[tp]), 0.3)
     return metrics
 
 
 def summarise(scores: np.ndarray, labels: np.ndarray, classes: np.ndarray, maps: np.ndarray,
-              masks: np.ndarray | None) -> dict[str, dict[str, float]]:
+              masks: np.ndarray | None) -> dict[str, dict]:
     """All metrics by both protocols: {class: {}, ..., "class mean": {}, "pooled": {}}.
 
     pooled: all classes in one ranking, as one threshold sees them (absolute-unified).
@@ -1088,7 +1158,7 @@ def summarise(scores: np.ndarray, labels: np.ndarray, classes: np.ndarray, maps:
     class a threshold of its own, so that a difference in level costs nothing. A class without good
     or without defective images has no such metric, and does not count.
     """
-    def metrics(rows: np.ndarray) -> dict[str, float]:
+    def metrics(rows: np.ndarray) -> dict:
         found = ranking_metrics("I", scores[rows], labels[rows] == 1)
         if masks is not None:
             found |= ranking_metrics("P", maps[rows], masks[rows])
@@ -1106,22 +1176,8 @@ def summarise(scores: np.ndarray, labels: np.ndarray, classes: np.ndarray, maps:
 
 
 # ==== shared: report
-MOST_CLASSES = 12  # that a picture shows
-
-
-@dataclass
-class Layer:
-    """A row of heatmaps.png: pictures by sample, whose values low..high are drawn in `colours`."""
-
-    name: str
-    pictures: Tensor | np.ndarray | dict  # (N, h, w), or {index: image}
-    low: float
-    high: float
-    colours: str | Colormap
-
-
-def report(cfg: Config, samples: list[Sample], maps: dict[str, Tensor],
-           thresholds: dict[str, float], decides: str, layers: list[Layer]) -> tuple[dict, dict]:
+def report(cfg: Config, samples: list[Sample], maps: dict, thresholds: dict, decides: str,
+           layers: list[Layer]) -> tuple[dict, dict]:
     """Print and write how well maps {variant: (N, S, S)} tell good from defective samples. Returns
     image scores (N,) and metrics, both by variant.
 
@@ -1163,8 +1219,7 @@ def print_table(results: dict) -> None:
             print(f"{part:<{width}}  {variant:<7}" + "".join(f"{v:>9.1f}" for v in values))
 
 
-def write_scores(path: Path, samples: list[Sample], scores: dict[str, np.ndarray],
-                 flagged: np.ndarray) -> None:
+def write_scores(path: Path, samples: list[Sample], scores: dict, flagged: np.ndarray) -> None:
     """One row an image. A file name that is no UTF-8 is written as the system has it."""
     with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
@@ -1174,7 +1229,7 @@ def write_scores(path: Path, samples: list[Sample], scores: dict[str, np.ndarray
             writer.writerow([s.path, s.cls, s.label, *values, flagged[i]])
 
 
-def write_metrics(path: Path, cfg: Config, thresholds: dict[str, float], results: dict) -> None:
+def write_metrics(path: Path, cfg: Config, thresholds: dict, results: dict) -> None:
     """Everything needed to quote a number: settings, thresholds, metrics in 0..1."""
     content = {"config": asdict(cfg), "thresholds": thresholds, "results": results}
     path.write_text(json.dumps(content, indent=2) + "\n")
@@ -1200,7 +1255,7 @@ def plot_heatmaps(path: Path, samples: list[Sample], masks: np.ndarray | None,
 
     rows = []  # (layer, label of the images that it is shown of)
     for label, kind in ((0, "good"), (1, "defective")):
-        if any(s.label == label for s in samples):
+        if any((cls, label) in middle for cls in classes):
             rows.append((Layer(f"{kind} image", images, 0, 255, "gray"), label))
             if label and masks is not None:
                 rows.append((Layer("ground truth", masks, 0, 1, "gray"), label))
@@ -1217,7 +1272,7 @@ def plot_heatmaps(path: Path, samples: list[Sample], masks: np.ndarray | None,
                 drawn = ax.imshow(picture, cmap=layer.colours, vmin=layer.low, vmax=layer.high)
         axes[0].set_ylabel(layer.name, rotation=0, ha="right", va="center", fontsize=12)
         bar = figure.colorbar(drawn, ax=list(axes), aspect=10)
-        bar.ax.set_visible(layer.colours != "gray")
+        bar.ax.set_visible(layer.colours != "gray")  # images need none, but it keeps the columns
     for ax, cls in zip(grid[0], classes):
         ax.set_title(cls, fontsize=12, parse_math=False)
     figure.savefig(path, dpi=150, bbox_inches="tight", facecolor="white")
@@ -1227,7 +1282,8 @@ def write_predictions(cfg: Config, threshold: float, anomaly_maps: Callable) -> 
     """For each image that the command line names: a line of JSON, and the image with its heat map
     on it. anomaly_maps: samples -> smoothed maps (N, S, S).
 
-    A map's value of 0 is clear and twice the threshold is the hottest, in every image.
+    A map's value of 0 is clear and twice the threshold is the hottest, in every image. Images are
+    read one by one, so that a broken one costs no line of those before it.
     """
     files = []
     for path in map(Path, cfg.paths):
@@ -1242,7 +1298,7 @@ def write_predictions(cfg: Config, threshold: float, anomaly_maps: Callable) -> 
         amap = anomaly_maps([Sample(path)])
         score = image_score(amap).item()
 
-        heat = (amap[0] / (2 * threshold)).clamp(0, 1).numpy()
+        heat = (amap[0] / (2 * threshold)).clamp(0, 1).numpy()  # (S, S)
         colours = colormaps["inferno"](heat, alpha=0.8 * heat, bytes=True)  # (S, S, RGBA)
         image = load_image(path)
         overlay = Image.fromarray(colours).resize(image.size)
@@ -1264,25 +1320,30 @@ def read_command_line(argv: list[str] | None, published: Config, demo: dict,
     that a flag goes before everything. They come from the checkpoint, else from the data set
     (`demo`, `visa`), else they are the `published` ones.
     """
-    sys.stdout.reconfigure(errors="replace")  # for names that the console cannot print
     config = type(published)
     cfg = tyro.cli(config, args=argv, default=published)
     if (cfg.command == "predict") != bool(cfg.paths):
         raise UserError(f"{cfg.command}: name images after predict, and only there")
 
+    # A new training: the data set decides.
     if cfg.command == "train" and not cfg.resume and not cfg.checkpoint:
-        folders = [HERE / "data/mvtec", HERE / "data/visa", HERE / "data/demo"]
-        existing = [folder for folder in folders if folder.is_dir()]
-        root = Path(cfg.data or existing[0]).resolve()
-        print(f"data: {root}; data/README.md tells where to get others", file=sys.stderr)
+        root = HERE / "data/demo"
+        for name in ("visa", "mvtec"):
+            if (HERE / "data" / name).is_dir():
+                root = HERE / "data" / name
+        if cfg.data:
+            root = Path(cfg.data).resolve()
         preset = {}
-        if root == folders[2]:
+        if root == HERE / "data/demo":
             preset = demo
         elif (root / "split_csv/1cls.csv").is_file():
             preset = visa
+        print(f"data: {root}; data/README.md tells where to get others", file=sys.stderr)
         defaults = replace(published, data=str(root), **preset)
         return tyro.cli(config, args=argv, default=defaults), None
 
+    # All else starts from a checkpoint, and writes into its folder, except for a training that
+    # only starts from it.
     path = Path(cfg.checkpoint or Path(cfg.out, "checkpoint.pt"))
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -1290,7 +1351,9 @@ def read_command_line(argv: list[str] | None, published: Config, demo: dict,
     except Exception as e:  # no such file, no checkpoint, a malicious one, another script's, ...
         raise UserError(f"--checkpoint {path}: {str(e)[:100]}; name one that this script (and "
                         "--base) wrote, or train first")
-    out = published.out if cfg.command == "train" and not cfg.resume else str(path.parent)
+    out = str(path.parent)
+    if cfg.command == "train" and not cfg.resume:
+        out = published.out
     defaults = replace(defaults, out=out)
     return tyro.cli(config, args=argv, default=defaults), checkpoint
 
@@ -1359,4 +1422,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # for names that the console cannot print
     sys.exit(main())
