@@ -198,9 +198,9 @@ class Teacher(nn.Module):
 
     forward: (B, 3, S, S) -> [(B, C1, S/4, S/4), (B, C2, S/8, S/8), (B, C3, S/16, S/16)], float16.
     RevDist reads nothing of layer4, so layer4 is not run. The features are in half precision
-    whether they are cached or not, so that on a CPU --no-cache changes the time and nothing else;
-    in float16 and not bfloat16, because after BatchNorm values are small and want digits more than
-    range. [ours] D2
+    whether they are cached or not, so that --no-cache changes the time and, but for rounding,
+    nothing else; in float16 and not bfloat16, because after BatchNorm values are small and want
+    digits more than range. [ours] D2
     Raises UserError for an unknown name, and for weights that cannot be had or do not fit.
     """
 

@@ -225,8 +225,8 @@ class Teacher(nn.Module):
 
     forward: (B, 3, S, S) -> for each tap (B, 1 + N, C) float16: the CLS token, which stands for the
     whole image, then the patches row by row. Blocks after the last tap are not run. The tokens are
-    in half precision whether they are cached or not, so that on a CPU --no-cache changes the time
-    and nothing else. [ours] D2
+    in half precision whether they are cached or not, so that --no-cache changes the time and, but
+    for rounding, nothing else. [ours] D2
     Raises UserError for impossible taps or sizes, and for weights that cannot be had or do not fit.
     """
 

@@ -49,7 +49,7 @@ FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes")
 torch.set_num_threads(1)  # the tensors are so small that a second thread costs more than it gains
 
 # What makes a run small: two steps of RevDist; six of CNC, of which three are warm-up.
-SMALL = "--image-size 64 --weights none --batch-size 4 --holdout 0.15 --workers 0 --device cpu "
+SMALL = "--image-size 64 --weights none --batch-size 4 --holdout 0.2 --workers 0 --device cpu "
 FLAGS = {
     cada: (SMALL + "--teacher resnet18 --iters 2").split(),
     cnc: (SMALL + "--teacher tiny --epochs 2 --theta 1").split(),
@@ -893,7 +893,9 @@ def test_pictures_have_one_fixed_scale(trained, tmp_path, capsys):
 
 @BOTH
 def test_neither_cache_nor_class_names_change_a_score(script, tree, trained, tmp_path):
-    """And one seed gives one result, since the run that this is compared with was another one."""
+    """And one seed gives one result, since the run that this is compared with was another one.
+    (To the last bit, because the 16 training images fill their batches of 4: a batch of another
+    size may be rounded differently.)"""
     (tree / "a").rename(tree / "screws")
     (tree / "b").rename(tree / "washers")
     out = tmp_path / "out"
@@ -955,13 +957,13 @@ def test_control_c_ends_in_one_line(data, tmp_path, monkeypatch, capsys):
 
 
 def test_threshold_comes_from_images_kept_back(data, trained):
-    """Of three images it is the largest score. With --holdout 0 all images serve for both."""
+    """Of four images it is the largest score. With --holdout 0 all images serve for both."""
     checkpoint = torch.load(trained[cada].checkpoint, weights_only=True)
     cfg = cada.Config(**checkpoint["config"])
     normal, _ = cada.read_dataset(data)
     kept, held = cada.hold_out(cfg, normal)
-    assert len(held) == 3
-    assert len(kept) == 17
+    assert len(held) == 4
+    assert len(kept) == 16
     assert set(kept + held) == set(normal)
     maps = cada.aligned_maps(cada.build(cfg, checkpoint), held, checkpoint)
     highest = cada.image_score(maps["cada"]).max().item()
