@@ -88,6 +88,8 @@ HERE = Path(__file__).resolve().parent
 
 
 # ==== shared: words used throughout
+# What both scripts speak of from the first page to the last.
+
 @dataclass(frozen=True)
 class Sample:
     """One image of a data set. `cls` serves the report and the oracle only: no model sees it."""
@@ -129,6 +131,9 @@ MOST_CLASSES = 12  # that a picture shows
 
 
 # ---- settings ------------------------------------------------------------------------------------
+# The comment beside or above a field is its meaning, its unit or range, and where it comes from. It
+# is also what --help says. MVTec AD and VisA are the two usual data sets of the field.
+
 @dataclass
 class Config:
     """Train and evaluate CADA on RevDist, evaluate a checkpoint again, or score images with it.
@@ -193,6 +198,9 @@ DEMO = {"teacher": "resnet18", "weights": "none", "image_size": 128, "iters": 20
 
 
 # ---- frozen teacher ------------------------------------------------------------------------------
+# The teacher was trained on other images (ImageNet) for another task. What it says of an image is
+# the thing to be reproduced, so it must never change.
+
 class Teacher(nn.Module):
     """RevDist's teacher, as in RD: a ResNet up to layer3, without gradients, always in eval mode.
 
@@ -235,7 +243,7 @@ class Teacher(nn.Module):
             f3 = self.layer3(f2)
         return [f1.half(), f2.half(), f3.half()]
 
-    def estimate_statistics(self, batches: Iterable[Tensor]) -> None:
+    def estimate_statistics(self, batches: Iterable) -> None:
         """Give a random teacher the BatchNorm statistics of the training images. [ours] D3
 
         Fresh statistics (mean 0, variance 1) let the activations of a random ResNet drift from
@@ -259,6 +267,10 @@ def load_resnet(name: str, weights: str) -> ResNet:
 
 
 # ---- RevDist student -----------------------------------------------------------------------------
+# The student runs the other way round ("reverse" distillation): it gets what the teacher says in
+# the end, squeezes it through a bottleneck, and must say again what the teacher said on the way.
+# The bottleneck has room for what normal images have in common, and hopefully none for a defect.
+
 def residual_stage(resnet: ResNet, in_channels: int, planes: int, depth: int,
                    up: bool) -> nn.Sequential:
     """`depth` residual blocks of the kind that `resnet` has. The first one halves height and width,
@@ -358,7 +370,7 @@ class RevDist(nn.Module):
         self.teacher = Teacher(cfg.teacher, cfg.weights, cfg.seed)
         self.student = Student(cfg.teacher)
 
-    def decode(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def decode(self, features: list[Tensor]) -> tuple[list, list]:
         """Teacher features -> the same, and the student's version. Both are float32, because 1 -
         cosine of nearly equal vectors would lose its digits in half precision."""
         # In one memory layout, cuDNN's own, whether they were cached or not: it decides how sums of
@@ -408,6 +420,9 @@ class RevDist(nn.Module):
 
 
 # ---- CADA ----------------------------------------------------------------------------------------
+# Three steps: take u and gamma of each normal map; learn to predict them from the features of the
+# image; rescale maps by what is predicted. Nothing below knows of RevDist.
+
 def map_statistics(maps: Tensor) -> Tensor:
     """(N, H, W) -> (N, 2): u, the mean, and gamma, the maximum, of each map. gamma lies above u
     even for a map without contrast, since alignment divides by their difference."""
@@ -539,6 +554,8 @@ def normalise(maps: Tensor, u: Tensor, gamma: Tensor) -> Tensor:
 
 
 # ==== shared: map and score
+# From an anomaly map to one number an image, for any detector.
+
 def smooth(maps: Tensor) -> Tensor:
     """Gaussian blur of (N, H, W) maps: sigma 4 pixels at 256 x 256 [author], in proportion at other
     sizes, with repeated edges [ours] D4.
@@ -547,6 +564,7 @@ def smooth(maps: Tensor) -> Tensor:
     commutes with (A - u) / (gamma - u): to normalise before it [author] or after it is the same.
     """
     sigma = maps.shape[-1] / 64  # 256 / 64 = 4
+    # No blur across images: sigma 0 along the first dimension.
     blurred = ndimage.gaussian_filter(maps.numpy(), (0, sigma, sigma), mode="nearest")
     return torch.from_numpy(blurred)
 
@@ -564,7 +582,7 @@ def run_on_images(detector: nn.Module, samples: list[Sample], method: Callable) 
     """Show images to the frozen teacher, and its features to a method of the detector. Returns what
     that returns, for all images: tensors (N, ...) on the CPU."""
     detector.eval()  # BatchNorm by its running statistics: a score must not depend on its batch
-    batches = []
+    batches = []  # joined once at the end: a tensor that grows would be copied at each batch
     for x in image_batches(detector, samples):
         batches.append([t.cpu() for t in method(detector.teacher(x))])
     return [torch.cat(parts) for parts in zip(*batches)]
@@ -572,6 +590,9 @@ def run_on_images(detector: nn.Module, samples: list[Sample], method: Callable) 
 
 
 # ---- training ------------------------------------------------------------------------------------
+# First the detector, then CADA on the detector as it is: so CADA can be added to one that was
+# trained long ago. With torchrun several processes train together, each on its share of the images.
+
 # torchrun says which of its processes this is, and of how many.
 RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
@@ -579,7 +600,7 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 def build(cfg: Config, checkpoint: dict | None) -> RevDist:
     """The detector on its device, with the weights of a checkpoint if there is one."""
-    torch.manual_seed(cfg.seed)
+    torch.manual_seed(cfg.seed)  # for the student's weights; the teacher draws apart
     detector = RevDist(cfg)
     if checkpoint:
         load_weights(detector, checkpoint)
@@ -616,8 +637,11 @@ def train_detector(detector: RevDist, samples: list[Sample], checkpoint: dict | 
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
     engine = detector
-    if WORLD_SIZE > 1:  # the gradient is the mean over all processes, whose batches are equal
-        if next(student.parameters()).is_cuda:  # on CPUs each normalises by its own batch
+    # Under torchrun the gradient is the mean over all processes. Their batches are equally large,
+    # so this is the gradient of one large batch, if BatchNorm too sees all of it; on CPUs PyTorch
+    # has no such BatchNorm, and each process normalises by its own share.
+    if WORLD_SIZE > 1:
+        if next(student.parameters()).is_cuda:
             nn.SyncBatchNorm.convert_sync_batchnorm(student)
         distributed.init_process_group()
         engine = nn.parallel.DistributedDataParallel(detector)
@@ -641,6 +665,7 @@ def train_detector(detector: RevDist, samples: list[Sample], checkpoint: dict | 
         optimizer.step()
         step += 1
 
+        # Ten checkpoints in all, and a look at the loss before each: none is written of a NaN.
         due = step % max(1, cfg.iters // 10) == 0 or step == cfg.iters
         if due or step % 20 == 0:  # seldom: item() waits for the GPU
             bar.set_postfix(loss=f"{loss.item():.4f}")
@@ -684,7 +709,10 @@ def align(detector: nn.Module, normal: list[Sample], held: list[Sample], checkpo
 
 
 # ---- evaluation ----------------------------------------------------------------------------------
-def aligned_maps(detector: nn.Module, samples: list[Sample], checkpoint: dict) -> dict[str, Tensor]:
+# The same images are scored in four variants, so that one table shows what alignment is worth and
+# what it costs.
+
+def aligned_maps(detector: nn.Module, samples: list[Sample], checkpoint: dict) -> dict:
     """Smoothed anomaly maps of images, (N, S, S) each, in four variants: "raw", as the detector has
     them; "oracle", aligned by the statistics of the true class, if the checkpoint knows all these
     classes; "regress", aligned by the regression alone; "cada", aligned by CADA.
@@ -738,7 +766,10 @@ def plot_distributions(path: Path, samples: list[Sample], scores: dict, results:
 
 
 # ==== shared: fitting a detector
-def hold_out(cfg: Config, samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
+# What a training needs beside the model: images kept back, batches in a fixed order, features that
+# are computed once, and a checkpoint.
+
+def hold_out(cfg: Config, samples: list[Sample]) -> tuple[list, list]:
     """Normal images to train on, and those kept back at random for the threshold, because the
     decoder knows the former too well. With --holdout 0 all images serve as both, as in the papers,
     and the threshold comes out too low. [ours] D1"""
@@ -759,18 +790,18 @@ def conformal_threshold(scores: Tensor, quantile: float) -> float:
     return scores.sort().values[rank - 1].item()
 
 
-def shuffled(n: int, batch_size: int, steps: int, seed: int) -> list[list[int]]:
+def shuffled(n: int, batch_size: int, steps: int, seed: int) -> list:
     """The batches of a whole training run as lists of indices below n, epoch after epoch. The seed
     alone decides them, so a resumed run goes on with the batches that it would have had."""
     generator = torch.Generator().manual_seed(seed)
-    order = []
+    order = []  # a batch may take the last images of an epoch and the first ones of the next
     while len(order) < steps * batch_size:
         order += torch.randperm(n, generator=generator).tolist()
     return [order[i * batch_size:(i + 1) * batch_size] for i in range(steps)]
 
 
 def teacher_features(detector: nn.Module, samples: list[Sample],
-                     batches: list[list[int]]) -> Iterator[list[Tensor]]:
+                     batches: list) -> Iterator:
     """Yield the teacher's features of each batch, a list of indices of samples. They are computed
     once [ours] D2, or with --no-cache anew for every batch.
 
@@ -832,7 +863,7 @@ def save_checkpoint(detector: nn.Module, checkpoint: dict) -> None:
 
 def load_weights(detector: nn.Module, checkpoint: dict) -> None:
     """Put the weights of a checkpoint into the detector. Raises UserError if they do not fit it."""
-    for name, weights in checkpoint["weights"].items():
+    for name, weights in checkpoint["weights"].items():  # teacher, student, ...
         try:
             detector.get_submodule(name).load_state_dict(weights)
         except RuntimeError:
@@ -842,6 +873,9 @@ def load_weights(detector: nn.Module, checkpoint: dict) -> None:
 
 
 # ==== shared: data
+# Two layouts are read: that of MVTec AD, which most data sets of the field have been converted to,
+# and VisA's own archive. Labels come from folders or from VisA's list, never from masks.
+
 SUFFIXES = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 
@@ -851,7 +885,7 @@ def images_in(folder: Path, pattern: str = "*") -> list[Path]:
     return sorted(p for p in found if not p.name.startswith("."))
 
 
-def read_dataset(root: Path) -> tuple[list[Sample], list[Sample]]:
+def read_dataset(root: Path) -> tuple[list, list]:
     """(train, test) samples of a data set. Every file is decoded once: a broken one must stop the
     run before the training and not after. Raises UserError that says what is wrong."""
     if not root.is_dir():
@@ -877,12 +911,13 @@ def check_files(sample: Sample) -> None:
         raise UserError(f"mask {sample.mask} is not as large as its image, {width} x {height}")
 
 
-def read_mvtec(root: Path) -> tuple[list[Sample], list[Sample]]:
+def read_mvtec(root: Path) -> tuple[list, list]:
     """Read an MVTec-style tree, <class>/{train/good,test/<kind>,ground_truth/<kind>}/*, or the
     folder of a single class.
 
-    The mask of 000.png is `000_mask` or `000`, with any suffix: names decide, never sort order.
-    Raises UserError where there are masks and an image or a mask has no partner.
+    The mask of 000.png is `000_mask` or `000`, with any suffix: names decide, never sort order. A
+    set may have no masks at all, but if it has some, each defective image needs one. Raises
+    UserError where it is missing.
     """
     folders = sorted(p.parent for p in root.glob("*/train"))
     if (root / "train").is_dir():
@@ -896,27 +931,21 @@ def read_mvtec(root: Path) -> tuple[list[Sample], list[Sample]]:
             raise UserError(f"no training images in {folder / 'train/good'}; put normal ones there")
         train += [Sample(path, cls) for path in normal]
 
-        # Kinds of defects, and "good". Folders of masks count too: one whose name is misspelt would
-        # go unnoticed else.
-        kinds = {p.name for p in [*folder.glob("test/*"), *folder.glob("ground_truth/*")]}
-        for kind in sorted(kinds):
-            images = images_in(folder / "test" / kind)
+        for kind in sorted(p.name for p in folder.glob("test/*")):  # of defects, and "good"
+            label = int(kind != "good")
             masks = {}
             for path in images_in(folder / "ground_truth" / kind):
                 masks[path.stem.removesuffix("_mask")] = path
-            label = int(kind != "good")
-            if label and has_masks:
-                stems = {path.stem for path in images}
-                for stem in sorted(stems - masks.keys()):
-                    raise UserError(f"no mask in {folder / 'ground_truth' / kind} for {stem}; add "
-                                    "it, or remove all ground_truth")
-                for stem in sorted(masks.keys() - stems):
-                    raise UserError(f"no image in {folder / 'test' / kind} for {masks[stem]}")
-            test += [Sample(path, cls, label, masks.get(path.stem)) for path in images]
+            for path in images_in(folder / "test" / kind):
+                mask = masks.get(path.stem)
+                if label and has_masks and not mask:
+                    raise UserError(f"no mask in {folder / 'ground_truth' / kind} for {path.name}; "
+                                    "add it, or remove all ground_truth")
+                test.append(Sample(path, cls, label, mask))
     return train, test
 
 
-def read_visa(root: Path) -> tuple[list[Sample], list[Sample]]:
+def read_visa(root: Path) -> tuple[list, list]:
     """Read the raw VisA archive by its own split file, with columns object, split, label, image and
     mask."""
     splits = {"train": [], "test": []}
@@ -961,7 +990,7 @@ def load_masks(samples: list[Sample], size: int) -> np.ndarray | None:
     """
     if not any(s.mask for s in samples):
         return None
-    masks = np.zeros((len(samples), size, size), bool)
+    masks = np.zeros((len(samples), size, size), bool)  # good images keep their zeros
     for i, s in enumerate(samples):
         if s.mask:
             masks[i] = load_mask(s.mask).resize((size, size), Image.NEAREST)
@@ -974,7 +1003,7 @@ def load_batch(preprocess: Callable, samples: list[Sample]) -> Tensor:
 
 
 def image_batches(detector: nn.Module, samples: list[Sample],
-                  batches: list[list[int]] | None = None) -> Iterator[Tensor]:
+                  batches: list | None = None) -> Iterator:
     """Yield preprocessed images (B, 3, S, S) on the detector's device: these batches of indices, or
     if there are none all samples in order, with a progress bar."""
     cfg = detector.cfg
@@ -996,6 +1025,8 @@ def image_batches(detector: nn.Module, samples: list[Sample],
 
 
 # ==== shared: metrics
+# Good images and pixels are negatives, defective ones positives; a higher score is more anomalous.
+
 def area_under(x: np.ndarray, y: np.ndarray, limit: float = 1.0) -> float:
     """Area under the curve through points (x, y), x rising, from 0 to `limit`, divided by `limit`:
     1 is perfect. Between two points, and so at the limit, the curve is a straight line."""
@@ -1054,7 +1085,7 @@ def ranking_metrics(kind: str, scores: np.ndarray, positive: np.ndarray) -> dict
 
 
 def summarise(scores: np.ndarray, labels: np.ndarray, classes: np.ndarray, maps: np.ndarray,
-              masks: np.ndarray | None) -> dict[str, dict]:
+              masks: np.ndarray | None) -> dict:
     """All metrics by both protocols: {class: {}, ..., "class mean": {}, "pooled": {}}.
 
     pooled: all classes in one ranking, as one threshold sees them (absolute-unified).
@@ -1080,6 +1111,9 @@ def summarise(scores: np.ndarray, labels: np.ndarray, classes: np.ndarray, maps:
 
 
 # ==== shared: report
+# One function for each thing that is printed or written. The table comes first: no picture that
+# fails may cost the numbers.
+
 def report(cfg: Config, samples: list[Sample], maps: dict, thresholds: dict, decides: str,
            layers: list[Layer]) -> tuple[dict, dict]:
     """Print and write how well maps {variant: (N, S, S)} tell good from defective samples. Returns
@@ -1100,8 +1134,8 @@ def report(cfg: Config, samples: list[Sample], maps: dict, thresholds: dict, dec
     flagged = scores[decides] > thresholds[decides]
 
     print_table(results)
-    good = flagged[labels == 0]
-    bad = flagged[labels == 1]
+    good = flagged[labels == 0]  # these should be False
+    bad = flagged[labels == 1]  # and these True
     print(f"threshold {thresholds[decides]:.4f}: flags {good.sum()} of {len(good)} good and "
           f"{bad.sum()} of {len(bad)} defective test images; more in {cfg.out}")
     write_scores(Path(cfg.out, "scores.csv"), samples, scores, flagged)
@@ -1113,7 +1147,7 @@ def report(cfg: Config, samples: list[Sample], maps: dict, thresholds: dict, dec
 
 def print_table(results: dict) -> None:
     """A line for each class, the class mean and the pooled metrics, of each variant; in %."""
-    parts = next(iter(results.values()))
+    parts = next(iter(results.values()))  # all variants have the same
     names = list(parts["pooled"])
     width = max(len(part) for part in parts)
     print(" " * (width + 9) + "".join(f"{name:>9}" for name in names))
@@ -1203,7 +1237,8 @@ def write_predictions(cfg: Config, threshold: float, anomaly_maps: Callable) -> 
         score = image_score(amap).item()
 
         heat = (amap[0] / (2 * threshold)).clamp(0, 1).numpy()  # (S, S)
-        colours = colormaps["inferno"](heat, alpha=0.8 * heat, bytes=True)  # (S, S, RGBA)
+        # (S, S, 4): the colder, the more transparent
+        colours = colormaps["inferno"](heat, alpha=0.8 * heat, bytes=True)
         image = load_image(path)
         overlay = Image.fromarray(colours).resize(image.size)
         image.paste(overlay, mask=overlay)
@@ -1215,6 +1250,8 @@ def write_predictions(cfg: Config, threshold: float, anomaly_maps: Callable) -> 
 
 
 # ==== shared: command line and device
+# Settings, checkpoint, device: all that is decided before the first image is read.
+
 def read_command_line(argv: list[str] | None, published: Config, demo: dict,
                       visa: dict) -> tuple[Config, dict | None]:
     """The settings, and the checkpoint if one is to be read. Raises UserError for one that cannot.
@@ -1269,7 +1306,7 @@ def choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cpu", "cuda", "mps") or not torch.get_device_module(name).is_available():
         raise UserError(f"--device {name}: not on this machine; use --device auto")
-    if name == "cuda":
+    if name == "cuda":  # torchrun counts the processes of one machine
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
         torch.backends.cudnn.deterministic = True  # convolutions repeat; not all else does
@@ -1278,6 +1315,8 @@ def choose_device(name: str) -> torch.device:
 
 
 # ---- the script ----------------------------------------------------------------------------------
+# The whole story in `run`; what can go wrong with it in `main`.
+
 @dataclass
 class Base:
     """The first flag that is read. It decides which others there are."""
@@ -1322,6 +1361,7 @@ def run(argv: list[str], published: Config, demo: dict, visa: dict, build_detect
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Returns 0 on success, 2 after a mistake of the user's, told in one
     line, and 130 after Ctrl-C."""
+    # A missing or unwritable file is a mistake too, and its own message names it.
     mistakes = (UserError, OSError)
     try:
         first, others = tyro.cli(Base, args=argv, add_help=False, return_unknown_args=True)

@@ -100,6 +100,8 @@ HERE = Path(__file__).resolve().parent
 
 
 # ==== shared: words used throughout
+# What both scripts speak of from the first page to the last.
+
 @dataclass(frozen=True)
 class Sample:
     """One image of a data set. `cls` serves the report and the oracle only: no model sees it."""
@@ -141,6 +143,9 @@ MOST_CLASSES = 12  # that a picture shows
 
 
 # ---- settings ------------------------------------------------------------------------------------
+# The comment beside or above a field is its meaning, its unit or range, and where it comes from. It
+# is also what --help says. MVTec AD and VisA are the two usual data sets of the field.
+
 @dataclass
 class Config:
     """Train and evaluate CNC, evaluate a checkpoint again, or score images with it.
@@ -220,6 +225,10 @@ VISA = {"epochs": 200}  # [paper]
 
 
 # ---- frozen teacher: CLIP ------------------------------------------------------------------------
+# CLIP has learned from captions, so that an image and a text which fit each other lie close
+# together. Its image tower is what the student must reproduce; its text tower is the judge of what
+# is normal.
+
 class Teacher(nn.Module):
     """CLIP, both towers: no gradients into its weights, always in eval mode. [paper]
 
@@ -264,7 +273,8 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> list[Tensor]:
-        blocks = [tap - 1 for tap in self.taps]  # open_clip counts from 0
+        # open_clip's own way to intermediate blocks; it counts them from 0, and stops at the last.
+        blocks = [tap - 1 for tap in self.taps]
         with autocast(x, torch.float16):
             found = self.clip.visual.forward_intermediates(
                 x, indices=blocks, stop_early=True, intermediates_only=True,
@@ -279,7 +289,7 @@ class Teacher(nn.Module):
             tokens.append(t.half())
         return tokens
 
-    def estimate_statistics(self, batches: Iterable[Tensor]) -> None:
+    def estimate_statistics(self, batches: Iterable) -> None:
         """Give a random teacher the mean and covariance of the training images' tokens, tap by tap:
         from now on it answers with whitened ones. [ours] D3
 
@@ -358,6 +368,7 @@ def load_clip(name: str, weights: str, size: int) -> tuple[open_clip.CLIP, Calla
                 open_clip.load_checkpoint(clip, weights)
             tokenizer = open_clip.SimpleTokenizer(context_length=TINY_TEXT["context_length"])
         else:
+            # open_clip knows itself whether these weights are a tag or a file.
             pretrained = None if weights == "none" else weights
             clip = open_clip.create_model(name, pretrained, force_image_size=size or None,
                                           pretrained_text=False)
@@ -376,6 +387,9 @@ def load_clip(name: str, weights: str, size: int) -> tuple[open_clip.CLIP, Calla
 
 
 # ---- class-agnostic prompts ----------------------------------------------------------------------
+# A prompt is a sentence whose first words are not words but vectors that can be learned. They are
+# the only thing about text that learns here.
+
 class PromptLearner(nn.Module):
     """Two learnable sentences for each tap, the same for all classes: no class name enters.
     [paper] Their form is [ours] D16, after the template of AnomalyCLIP:
@@ -425,6 +439,9 @@ def encode_prompts(clip: open_clip.CLIP, words: Tensor, ids: Tensor) -> Tensor:
 
 
 # ---- student: fusion, mixture of experts, decoder ------------------------------------------------
+# Three taps come in, one mixed token a patch goes through the bottleneck, three taps come out
+# again. The experts stand in the bottleneck, where patches of all kinds have to share the room.
+
 def expert(dim: int) -> nn.Sequential:
     """(..., dim) -> (..., dim). [port]"""
     return nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim))
@@ -439,6 +456,7 @@ class GatedMoE(nn.Module):
 
     def __init__(self, dim: int, num_experts: int = 5, top_k: int = 2) -> None:
         super().__init__()
+        # A linear gate, one score an expert. [port]
         self.gate = nn.Linear(dim, num_experts)
         self.top_k = top_k
         self.experts = nn.ModuleList(expert(dim) for _ in range(num_experts))
@@ -452,7 +470,8 @@ class GatedMoE(nn.Module):
         return top.softmax(-1), chosen, scores.softmax(-1)  # weights add up to 1 over the K
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        tokens = x.flatten(0, 1)  # (B, N, dim) -> (T, dim)
+        # For the mixture a token is a token, of whatever image: (B, N, dim) -> (T, dim), T = B * N
+        tokens = x.flatten(0, 1)
         weights, chosen, probabilities = self.route(tokens)
         y = torch.zeros_like(tokens, dtype=torch.float32)
         for k, expert_k in enumerate(self.experts):
@@ -482,13 +501,14 @@ class Student(nn.Module):
         super().__init__()
         self.fuse = nn.Sequential(nn.Linear(taps * dim, dim), nn.LayerNorm(dim), nn.Dropout(0.1))
         self.moe = GatedMoE(dim, experts, top_k) if experts else expert(dim)
+        # Pre-norm, and heads of 64 channels as in CLIP's own blocks.
         self.blocks = nn.ModuleList()
         for _ in range(taps):
             self.blocks.append(nn.TransformerEncoderLayer(
                 dim, nhead=max(1, dim // 64), dim_feedforward=4 * dim, dropout=0.0,
                 activation="gelu", batch_first=True, norm_first=True))
 
-    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    def forward(self, features: list[Tensor]) -> tuple[list, Tensor]:
         x = self.fuse(torch.cat(features, dim=-1))  # (B, 1 + N, C)
         if isinstance(self.moe, GatedMoE):
             x, balance = self.moe(x)
@@ -503,6 +523,9 @@ class Student(nn.Module):
 
 
 # ---- CNC -----------------------------------------------------------------------------------------
+# Teacher, prompts and student together: what text adds to reverse distillation. First the two small
+# formulas, promotion and margin, then the statistics that give a margin its scale, then the loss.
+
 def margin(v: Tensor, text: Tensor) -> Tensor:
     """<v, t_n - t_a>: how much nearer unit vectors v (taps, B, N, D) are to the normal text than to
     the abnormal one, of text (taps, 2, D). Returns (taps, B, N).
@@ -536,6 +559,7 @@ class NormalMargins(nn.Module):
 
     def __init__(self, taps: int) -> None:
         super().__init__()
+        # Buffers and not parameters: they go into the checkpoint, but no gradient moves them.
         self.register_buffer("mean", torch.zeros(taps, 1, 1))
         self.register_buffer("std", torch.zeros(taps, 1, 1))
         self.register_buffer("steps", torch.zeros(()))
@@ -574,7 +598,7 @@ class CNC(nn.Module):
         experts = cfg.experts if cfg.moe else 0
         self.student = Student(taps, self.teacher.width, experts, cfg.top_k)
 
-    def decode(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    def decode(self, features: list[Tensor]) -> tuple[list, list, Tensor]:
         """Teacher features -> encoded and decoded tokens, float32, and the balance loss."""
         encoded = [f.float() for f in features]
         with autocast(features[0], torch.bfloat16):
@@ -665,7 +689,7 @@ class CNC(nn.Module):
         tell its class. [ours] D6
         """
         encoded, decoded, _ = self.decode(features)
-        e = self.patches(encoded)
+        e = self.patches(encoded)  # (taps, B, N, D)
         d = self.patches(decoded)
         m = self.distance(e, d, self.text()).mean(0)  # over taps: (B, N)
         maps = self.upsample(m, "bilinear")
@@ -699,6 +723,8 @@ class CNC(nn.Module):
 
 
 # ==== shared: map and score
+# From an anomaly map to one number an image, for any detector.
+
 def smooth(maps: Tensor) -> Tensor:
     """Gaussian blur of (N, H, W) maps: sigma 4 pixels at 256 x 256 [author], in proportion at other
     sizes, with repeated edges [ours] D4.
@@ -707,6 +733,7 @@ def smooth(maps: Tensor) -> Tensor:
     commutes with (A - u) / (gamma - u): to normalise before it [author] or after it is the same.
     """
     sigma = maps.shape[-1] / 64  # 256 / 64 = 4
+    # No blur across images: sigma 0 along the first dimension.
     blurred = ndimage.gaussian_filter(maps.numpy(), (0, sigma, sigma), mode="nearest")
     return torch.from_numpy(blurred)
 
@@ -724,7 +751,7 @@ def run_on_images(detector: nn.Module, samples: list[Sample], method: Callable) 
     """Show images to the frozen teacher, and its features to a method of the detector. Returns what
     that returns, for all images: tensors (N, ...) on the CPU."""
     detector.eval()  # BatchNorm by its running statistics: a score must not depend on its batch
-    batches = []
+    batches = []  # joined once at the end: a tensor that grows would be copied at each batch
     for x in image_batches(detector, samples):
         batches.append([t.cpu() for t in method(detector.teacher(x))])
     return [torch.cat(parts) for parts in zip(*batches)]
@@ -732,6 +759,9 @@ def run_on_images(detector: nn.Module, samples: list[Sample], method: Callable) 
 
 
 # ---- training ------------------------------------------------------------------------------------
+# Two phases with one loop: prompts first, then the decoder under their guidance. With torchrun
+# several processes train together, each on its share of the images.
+
 # torchrun says which of its processes this is, and of how many.
 RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
@@ -739,7 +769,7 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 def build(cfg: Config, checkpoint: dict | None) -> CNC:
     """The detector on its device, with the weights of a checkpoint if there is one."""
-    torch.manual_seed(cfg.seed)
+    torch.manual_seed(cfg.seed)  # for the student's weights; the teacher draws apart
     detector = CNC(cfg)
     if checkpoint:
         load_weights(detector, checkpoint)
@@ -804,6 +834,7 @@ def train_detector(detector: CNC, samples: list[Sample], checkpoint: dict | None
         optimizer.step()
         step += 1
 
+        # Ten checkpoints in all, and a look at the loss before each: none is written of a NaN.
         due = step % max(1, steps // 10) == 0 or step == steps
         if due or step % 20 == 0:  # seldom: item() waits for the GPU
             bar.set_postfix(loss=f"{loss.item():.4f}")
@@ -819,11 +850,13 @@ def train_detector(detector: CNC, samples: list[Sample], checkpoint: dict | None
 
 
 # ---- evaluation ----------------------------------------------------------------------------------
+# Beside CNC's map the report shows what the text alone would say, and which expert a patch went to.
+
 # Okabe and Ito's colours, one an expert; the fifth for all after it, too.
 EXPERT_COLOURS = ListedColormap(["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9"])
 
 
-def explain_all(detector: CNC, samples: list[Sample]) -> tuple[dict[str, Tensor], list[Layer]]:
+def explain_all(detector: CNC, samples: list[Sample]) -> tuple[dict, list]:
     """Anomaly maps of images (N, S, S) in two variants: "text", what the text alone says; "cnc",
     smoothed; and two more rows for heatmaps.png."""
     maps, text, first_expert = run_on_images(detector, samples, detector.explain)
@@ -834,7 +867,10 @@ def explain_all(detector: CNC, samples: list[Sample]) -> tuple[dict[str, Tensor]
 
 
 # ==== shared: fitting a detector
-def hold_out(cfg: Config, samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
+# What a training needs beside the model: images kept back, batches in a fixed order, features that
+# are computed once, and a checkpoint.
+
+def hold_out(cfg: Config, samples: list[Sample]) -> tuple[list, list]:
     """Normal images to train on, and those kept back at random for the threshold, because the
     decoder knows the former too well. With --holdout 0 all images serve as both, as in the papers,
     and the threshold comes out too low. [ours] D1"""
@@ -855,18 +891,18 @@ def conformal_threshold(scores: Tensor, quantile: float) -> float:
     return scores.sort().values[rank - 1].item()
 
 
-def shuffled(n: int, batch_size: int, steps: int, seed: int) -> list[list[int]]:
+def shuffled(n: int, batch_size: int, steps: int, seed: int) -> list:
     """The batches of a whole training run as lists of indices below n, epoch after epoch. The seed
     alone decides them, so a resumed run goes on with the batches that it would have had."""
     generator = torch.Generator().manual_seed(seed)
-    order = []
+    order = []  # a batch may take the last images of an epoch and the first ones of the next
     while len(order) < steps * batch_size:
         order += torch.randperm(n, generator=generator).tolist()
     return [order[i * batch_size:(i + 1) * batch_size] for i in range(steps)]
 
 
 def teacher_features(detector: nn.Module, samples: list[Sample],
-                     batches: list[list[int]]) -> Iterator[list[Tensor]]:
+                     batches: list) -> Iterator:
     """Yield the teacher's features of each batch, a list of indices of samples. They are computed
     once [ours] D2, or with --no-cache anew for every batch.
 
@@ -928,7 +964,7 @@ def save_checkpoint(detector: nn.Module, checkpoint: dict) -> None:
 
 def load_weights(detector: nn.Module, checkpoint: dict) -> None:
     """Put the weights of a checkpoint into the detector. Raises UserError if they do not fit it."""
-    for name, weights in checkpoint["weights"].items():
+    for name, weights in checkpoint["weights"].items():  # teacher, student, ...
         try:
             detector.get_submodule(name).load_state_dict(weights)
         except RuntimeError:
@@ -938,6 +974,9 @@ def load_weights(detector: nn.Module, checkpoint: dict) -> None:
 
 
 # ==== shared: data
+# Two layouts are read: that of MVTec AD, which most data sets of the field have been converted to,
+# and VisA's own archive. Labels come from folders or from VisA's list, never from masks.
+
 SUFFIXES = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 
@@ -947,7 +986,7 @@ def images_in(folder: Path, pattern: str = "*") -> list[Path]:
     return sorted(p for p in found if not p.name.startswith("."))
 
 
-def read_dataset(root: Path) -> tuple[list[Sample], list[Sample]]:
+def read_dataset(root: Path) -> tuple[list, list]:
     """(train, test) samples of a data set. Every file is decoded once: a broken one must stop the
     run before the training and not after. Raises UserError that says what is wrong."""
     if not root.is_dir():
@@ -973,12 +1012,13 @@ def check_files(sample: Sample) -> None:
         raise UserError(f"mask {sample.mask} is not as large as its image, {width} x {height}")
 
 
-def read_mvtec(root: Path) -> tuple[list[Sample], list[Sample]]:
+def read_mvtec(root: Path) -> tuple[list, list]:
     """Read an MVTec-style tree, <class>/{train/good,test/<kind>,ground_truth/<kind>}/*, or the
     folder of a single class.
 
-    The mask of 000.png is `000_mask` or `000`, with any suffix: names decide, never sort order.
-    Raises UserError where there are masks and an image or a mask has no partner.
+    The mask of 000.png is `000_mask` or `000`, with any suffix: names decide, never sort order. A
+    set may have no masks at all, but if it has some, each defective image needs one. Raises
+    UserError where it is missing.
     """
     folders = sorted(p.parent for p in root.glob("*/train"))
     if (root / "train").is_dir():
@@ -992,27 +1032,21 @@ def read_mvtec(root: Path) -> tuple[list[Sample], list[Sample]]:
             raise UserError(f"no training images in {folder / 'train/good'}; put normal ones there")
         train += [Sample(path, cls) for path in normal]
 
-        # Kinds of defects, and "good". Folders of masks count too: one whose name is misspelt would
-        # go unnoticed else.
-        kinds = {p.name for p in [*folder.glob("test/*"), *folder.glob("ground_truth/*")]}
-        for kind in sorted(kinds):
-            images = images_in(folder / "test" / kind)
+        for kind in sorted(p.name for p in folder.glob("test/*")):  # of defects, and "good"
+            label = int(kind != "good")
             masks = {}
             for path in images_in(folder / "ground_truth" / kind):
                 masks[path.stem.removesuffix("_mask")] = path
-            label = int(kind != "good")
-            if label and has_masks:
-                stems = {path.stem for path in images}
-                for stem in sorted(stems - masks.keys()):
-                    raise UserError(f"no mask in {folder / 'ground_truth' / kind} for {stem}; add "
-                                    "it, or remove all ground_truth")
-                for stem in sorted(masks.keys() - stems):
-                    raise UserError(f"no image in {folder / 'test' / kind} for {masks[stem]}")
-            test += [Sample(path, cls, label, masks.get(path.stem)) for path in images]
+            for path in images_in(folder / "test" / kind):
+                mask = masks.get(path.stem)
+                if label and has_masks and not mask:
+                    raise UserError(f"no mask in {folder / 'ground_truth' / kind} for {path.name}; "
+                                    "add it, or remove all ground_truth")
+                test.append(Sample(path, cls, label, mask))
     return train, test
 
 
-def read_visa(root: Path) -> tuple[list[Sample], list[Sample]]:
+def read_visa(root: Path) -> tuple[list, list]:
     """Read the raw VisA archive by its own split file, with columns object, split, label, image and
     mask."""
     splits = {"train": [], "test": []}
@@ -1057,7 +1091,7 @@ def load_masks(samples: list[Sample], size: int) -> np.ndarray | None:
     """
     if not any(s.mask for s in samples):
         return None
-    masks = np.zeros((len(samples), size, size), bool)
+    masks = np.zeros((len(samples), size, size), bool)  # good images keep their zeros
     for i, s in enumerate(samples):
         if s.mask:
             masks[i] = load_mask(s.mask).resize((size, size), Image.NEAREST)
@@ -1070,7 +1104,7 @@ def load_batch(preprocess: Callable, samples: list[Sample]) -> Tensor:
 
 
 def image_batches(detector: nn.Module, samples: list[Sample],
-                  batches: list[list[int]] | None = None) -> Iterator[Tensor]:
+                  batches: list | None = None) -> Iterator:
     """Yield preprocessed images (B, 3, S, S) on the detector's device: these batches of indices, or
     if there are none all samples in order, with a progress bar."""
     cfg = detector.cfg
@@ -1092,6 +1126,8 @@ def image_batches(detector: nn.Module, samples: list[Sample],
 
 
 # ==== shared: metrics
+# Good images and pixels are negatives, defective ones positives; a higher score is more anomalous.
+
 def area_under(x: np.ndarray, y: np.ndarray, limit: float = 1.0) -> float:
     """Area under the curve through points (x, y), x rising, from 0 to `limit`, divided by `limit`:
     1 is perfect. Between two points, and so at the limit, the curve is a straight line."""
@@ -1150,7 +1186,7 @@ def ranking_metrics(kind: str, scores: np.ndarray, positive: np.ndarray) -> dict
 
 
 def summarise(scores: np.ndarray, labels: np.ndarray, classes: np.ndarray, maps: np.ndarray,
-              masks: np.ndarray | None) -> dict[str, dict]:
+              masks: np.ndarray | None) -> dict:
     """All metrics by both protocols: {class: {}, ..., "class mean": {}, "pooled": {}}.
 
     pooled: all classes in one ranking, as one threshold sees them (absolute-unified).
@@ -1176,6 +1212,9 @@ def summarise(scores: np.ndarray, labels: np.ndarray, classes: np.ndarray, maps:
 
 
 # ==== shared: report
+# One function for each thing that is printed or written. The table comes first: no picture that
+# fails may cost the numbers.
+
 def report(cfg: Config, samples: list[Sample], maps: dict, thresholds: dict, decides: str,
            layers: list[Layer]) -> tuple[dict, dict]:
     """Print and write how well maps {variant: (N, S, S)} tell good from defective samples. Returns
@@ -1196,8 +1235,8 @@ def report(cfg: Config, samples: list[Sample], maps: dict, thresholds: dict, dec
     flagged = scores[decides] > thresholds[decides]
 
     print_table(results)
-    good = flagged[labels == 0]
-    bad = flagged[labels == 1]
+    good = flagged[labels == 0]  # these should be False
+    bad = flagged[labels == 1]  # and these True
     print(f"threshold {thresholds[decides]:.4f}: flags {good.sum()} of {len(good)} good and "
           f"{bad.sum()} of {len(bad)} defective test images; more in {cfg.out}")
     write_scores(Path(cfg.out, "scores.csv"), samples, scores, flagged)
@@ -1209,7 +1248,7 @@ def report(cfg: Config, samples: list[Sample], maps: dict, thresholds: dict, dec
 
 def print_table(results: dict) -> None:
     """A line for each class, the class mean and the pooled metrics, of each variant; in %."""
-    parts = next(iter(results.values()))
+    parts = next(iter(results.values()))  # all variants have the same
     names = list(parts["pooled"])
     width = max(len(part) for part in parts)
     print(" " * (width + 9) + "".join(f"{name:>9}" for name in names))
@@ -1299,7 +1338,8 @@ def write_predictions(cfg: Config, threshold: float, anomaly_maps: Callable) -> 
         score = image_score(amap).item()
 
         heat = (amap[0] / (2 * threshold)).clamp(0, 1).numpy()  # (S, S)
-        colours = colormaps["inferno"](heat, alpha=0.8 * heat, bytes=True)  # (S, S, RGBA)
+        # (S, S, 4): the colder, the more transparent
+        colours = colormaps["inferno"](heat, alpha=0.8 * heat, bytes=True)
         image = load_image(path)
         overlay = Image.fromarray(colours).resize(image.size)
         image.paste(overlay, mask=overlay)
@@ -1311,6 +1351,8 @@ def write_predictions(cfg: Config, threshold: float, anomaly_maps: Callable) -> 
 
 
 # ==== shared: command line and device
+# Settings, checkpoint, device: all that is decided before the first image is read.
+
 def read_command_line(argv: list[str] | None, published: Config, demo: dict,
                       visa: dict) -> tuple[Config, dict | None]:
     """The settings, and the checkpoint if one is to be read. Raises UserError for one that cannot.
@@ -1365,7 +1407,7 @@ def choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cpu", "cuda", "mps") or not torch.get_device_module(name).is_available():
         raise UserError(f"--device {name}: not on this machine; use --device auto")
-    if name == "cuda":
+    if name == "cuda":  # torchrun counts the processes of one machine
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
         torch.backends.cudnn.deterministic = True  # convolutions repeat; not all else does
@@ -1374,6 +1416,8 @@ def choose_device(name: str) -> torch.device:
 
 
 # ---- the script ----------------------------------------------------------------------------------
+# The whole story in `run`; what can go wrong with it in `main`.
+
 def run(argv: list[str] | None) -> None:
     """Load, train, evaluate."""
     cfg, checkpoint = read_command_line(argv, Config(), DEMO, VISA)

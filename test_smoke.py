@@ -1284,9 +1284,8 @@ BAD_DATA = [  # (what is done to the data set, what the message must say)
     ("rm ?/train/good/00[1-9].png", "2 training images"),
     ("echo text > a/train/good/003.png", "good/003.png"),
     ("truncate --size 600 a/test/hole/001.png", "hole/001.png"),
-    ("rm a/test/hole/001.png", "hole/001_mask.png"),
-    ("rm a/ground_truth/hole/001_mask.png", "ground_truth/hole for 001"),
-    ("mv a/ground_truth/hole a/ground_truth/hoel", "hoel/000_mask.png"),
+    ("rm a/ground_truth/hole/001_mask.png", "ground_truth/hole for 001.png"),
+    ("mv a/ground_truth/hole a/ground_truth/hoel", "ground_truth/hole for 000.png"),
     ("echo text > a/ground_truth/hole/001_mask.png", "hole/001_mask.png"),
     ("cp b/test/good/000.png a/ground_truth/hole/001_mask.png", "64 x 64"),
 ]
