@@ -461,10 +461,15 @@ class CADA:
     score, and a defect that moves the features moves the prediction with it.
 
     So we let the prediction snap [ours] D5. On normal images the predictions crowd around a few
-    levels, roughly one for each kind of map. An image gets the typical statistics of the level that
+    levels, about one or two for each class. An image gets the typical statistics of the level that
     its own prediction is nearest to. Then a few per cent no longer matter: to do harm, a defect
     must move the prediction half the way to another level. And all images of a level share one
     affine map, so that their order stays as it is.
+
+    One question remains: how is the regression to predict a class, when each image that it learns
+    from has statistics of its own? It learns in rounds. In the first its targets are the statistics
+    of the images, as they are. Then they are those of the levels that were found, so that images
+    which fell into one level are pulled together, and classes are no longer cut into pieces.
 
     CADA knows nothing of the detector: any that has pooled features and maps will do.
     """
@@ -478,11 +483,11 @@ class CADA:
     statistics: Tensor  # (k, 2): u and gamma of each level
 
     @classmethod
-    def fit(cls, features: Tensor, maps: Tensor, seed: int = 0) -> CADA:
+    def fit(cls, features: Tensor, maps: Tensor, seed: int = 0, rounds: int = 5) -> CADA:
         """Learn from 10 or more normal images: pooled features (N, C) and raw maps (N, H, W) with
         values above 0, float tensors on the CPU. No label is used."""
         rows = np.random.default_rng(seed).permutation(len(features))
-        rows = torch.from_numpy(rows[:2000])  # these take 6 seconds, all of MVTec AD minutes
+        rows = torch.from_numpy(rows[:2000])  # these take half a minute, all of MVTec AD hours
         features = features[rows]
         statistics = map_statistics(maps[rows])
         mean = features.mean(0)
@@ -490,43 +495,45 @@ class CADA:
         # Of a channel that hardly varies in training, a rounding error would be a huge deviation.
         std[std <= std.median() / 1000] = torch.inf
 
-        # 1. The regression: (log u, log(gamma - u)) = x W + b, with a ridge penalty that leave-one-
-        # out cross-validation chooses for each of the two.
         x = direction(features, mean, std).double().numpy()  # (N, C)
         y = log_statistics(statistics).double().numpy()  # (N, 2)
-        ridge = RidgeCV(np.logspace(-4, 2, 13), alpha_per_target=True).fit(x, y)
+        targets = y
+        for _ in range(rounds):
+            # 1. The regression: targets = x W + b, with a ridge penalty for each of the two that
+            # leave-one-out cross-validation chooses.
+            ridge = RidgeCV(np.logspace(-4, 2, 13), alpha_per_target=True).fit(x, targets)
 
-        # 2. How far it errs: each fifth of the images is predicted by a fit on the other four.
-        folds = KFold(5, shuffle=True, random_state=seed)
-        unseen = cross_val_predict(ridge, x, y, cv=folds)  # (N, 2)
-        noise = (y - unseen).std(0)
-        noise = np.maximum(noise, 0.01)  # to alignment 1 % is as good as exact
+            # 2. How far it errs: each fifth of the images is predicted by a fit on the other four.
+            folds = KFold(5, shuffle=True, random_state=seed)
+            unseen = cross_val_predict(ridge, x, targets, cv=folds)  # (N, 2)
+            noise = (y - unseen).std(0)
+            noise = np.maximum(noise, 0.01)  # to alignment 1 % is as good as exact
 
-        # 3. The levels: k-means of these predictions, in units of the noise. k is the smallest for
-        # which predictions differ less within a level than the regression errs: by half, in squares
-        # (its errors have a mean square of 1 in each of the two numbers, so 2). [ours] D5
-        most = min(30, len(x) // 4)
-        for k in range(1, most + 1):
-            levels = KMeans(k, n_init=3, random_state=seed).fit(unseen / noise)
-            within = levels.inertia_ / len(x)
-            if within <= 1:
-                break
+            # 3. The levels: k-means of these predictions, in units of the noise. k is the smallest
+            # for which predictions hardly differ within a level: by a mean square of a quarter,
+            # where the errors of the regression have 2, one for each number.
+            for k in range(1, min(30, len(x) // 4) + 1):
+                levels = KMeans(k, n_init=3, random_state=seed).fit(unseen / noise)
+                if levels.inertia_ / len(x) <= 0.25:
+                    break
 
-        # 4. A level's u and gamma: the median of its images, because the few that belong elsewhere
-        # do not move a median.
-        medians = []
-        for level in range(k):
-            images = statistics[levels.labels_ == level]
-            medians.append(images.median(0).values)  # (2,)
+            # 4. A level's u and gamma: the median of its images, because the few that belong
+            # elsewhere do not move a median. In the next round they are the targets.
+            medians = []
+            for level in range(k):
+                images = statistics[levels.labels_ == level]
+                medians.append(images.median(0).values)  # (2,)
+            medians = torch.stack(medians)  # (k, 2)
+            targets = log_statistics(medians).double().numpy()[levels.labels_]
 
-        return cls(mean, std, statistics=torch.stack(medians),
+        return cls(mean, std, statistics=medians,
                    weight=torch.tensor(ridge.coef_.T, dtype=torch.float32),
                    bias=torch.tensor(ridge.intercept_, dtype=torch.float32),
                    noise=torch.tensor(noise, dtype=torch.float32),
                    centres=torch.tensor(levels.cluster_centers_, dtype=torch.float32))
 
     def regress(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """By the regression alone, for comparison: (N, C) -> u (N,) and gamma (N,), gamma > u."""
+        """By the regression alone, for comparison: (N, C) -> u (N,) and gamma (N,)."""
         u, contrast = self.predict_logs(features).exp().unbind(1)
         return u, u + contrast
 
@@ -692,6 +699,8 @@ def align(detector: nn.Module, normal: list[Sample], held: list[Sample], checkpo
     features, maps = run_on_images(detector, normal, detector.describe)
     cada = CADA.fit(features, maps, cfg.seed)
     checkpoint["cada"] = asdict(cada)
+    # For comparison, a plain regression of each image's own statistics: what the paper names.
+    checkpoint["regress"] = asdict(CADA.fit(features, maps, cfg.seed, rounds=1))
 
     # The oracle, Fig. 4(a) of the paper, knows the label: class means over these images. This is
     # the only use of labels, and CADA never reads it. [ours] D7
@@ -715,7 +724,7 @@ def align(detector: nn.Module, normal: list[Sample], held: list[Sample], checkpo
 def aligned_maps(detector: nn.Module, samples: list[Sample], checkpoint: dict) -> dict:
     """Smoothed anomaly maps of images, (N, S, S) each, in four variants: "raw", as the detector has
     them; "oracle", aligned by the statistics of the true class, if the checkpoint knows all these
-    classes; "regress", aligned by the regression alone; "cada", aligned by CADA.
+    classes; "regress", aligned by a regression alone; "cada", aligned by CADA.
 
     What to look for: "pooled" should rise from raw to cada, and the oracle shows how far it could.
     "class mean" should stay: within a class alignment has nothing to gain, so where it falls, the
@@ -728,8 +737,9 @@ def aligned_maps(detector: nn.Module, samples: list[Sample], checkpoint: dict) -
     if all(s.cls in oracle for s in samples):
         statistics = torch.stack([oracle[s.cls] for s in samples])  # (N, 2)
         variants["oracle"] = normalise(raw, statistics[:, 0], statistics[:, 1])
+    regression = CADA(**checkpoint["regress"])
+    variants["regress"] = normalise(raw, *regression.regress(features))
     cada = CADA(**checkpoint["cada"])
-    variants["regress"] = normalise(raw, *cada.regress(features))
     variants["cada"] = normalise(raw, *cada.predict(features))
     return variants
 
@@ -849,7 +859,7 @@ def save_checkpoint(detector: nn.Module, checkpoint: dict) -> None:
     a kill leaves no half. It holds plain values and tensors:
 
     config, a dict of Config; weights, by part of the detector, without a trained teacher; step and
-    optimizer, to go on from; thresholds, by variant; and of cada.py cada and oracle.
+    optimizer, to go on from; thresholds, by variant; and of cada.py cada, regress and oracle.
     """
     checkpoint["config"] = asdict(detector.cfg)
     checkpoint["weights"] = {}

@@ -950,7 +950,7 @@ def save_checkpoint(detector: nn.Module, checkpoint: dict) -> None:
     a kill leaves no half. It holds plain values and tensors:
 
     config, a dict of Config; weights, by part of the detector, without a trained teacher; step and
-    optimizer, to go on from; thresholds, by variant; and of cada.py cada and oracle.
+    optimizer, to go on from; thresholds, by variant; and of cada.py cada, regress and oracle.
     """
     checkpoint["config"] = asdict(detector.cfg)
     checkpoint["weights"] = {}
