@@ -5,7 +5,7 @@ Distribution Alignment, 2024. This is a reconstruction from public facts, and ev
 where it comes from: [paper] is stated there, [author] was seen in public code of its first author,
 [ours] is a reading of ours. D1, D2, ... number these readings in the README's list of departures.
 
-The idea. A detector that was trained on many classes scores each of them on a level of its own: a
+The idea. A detector that was trained on many classes scores each of them on a scale of its own: a
 normal slab of granite scores higher than a torn wire grid. So no single threshold can serve all
 classes, and a ranking of all images together is hopeless. CADA looks at the image and predicts two
 numbers: the mean u and the maximum gamma that anomaly maps of *normal* images of its class have.
@@ -30,7 +30,7 @@ From paper to code:
     RevDist, the base detector [paper]           Teacher, Student, RevDist
     cosine loss per flattened layer [author]     RevDist.forward
     anomaly map A [author]                       RevDist.describe
-    prediction of (u, gamma) [paper]             CADA.fit, CADA.predict; their form: [ours] D5
+    prediction of (u, gamma) [paper]             CADA.fit, CADA.predict; form: [ours] D5, D6
     alignment A' [author]                        normalise
     Fig. 4(a), labels known: the "oracle"        align, aligned_maps; [ours] D7
     absolute-unified evaluation [paper]          the rows "pooled" of summarise
@@ -44,7 +44,7 @@ then come training and evaluation, and after them what every such script needs. 
     python cada.py --data DIR                          on MVTec AD, VisA, or a tree of your own
     python cada.py eval --checkpoint FILE              the same numbers again
     python cada.py predict PATH ... --checkpoint FILE  score images, write heat maps
-    python cada.py --base cnc [--checkpoint FILE]      on CNC (cnc.py), trained already or to train
+    python cada.py --base cnc [--checkpoint FILE]      on CNC (cnc.py), trained before or now
     torchrun --nproc-per-node=N cada.py ...            train on N GPUs
 """
 from __future__ import annotations
@@ -88,11 +88,12 @@ HERE = Path(__file__).resolve().parent
 
 
 # ==== shared: words used throughout
-# What both scripts speak of from the first page to the last.
+# These words are used by both scripts throughout.
 
 @dataclass(frozen=True)
 class Sample:
-    """One image of a data set. `cls` serves the report and the oracle only: no model sees it."""
+    """One image of a data set. No model sees its class `cls`, which serves the report and, in
+    cada.py, a comparison with one who knows it."""
 
     path: Path
     cls: str = ""
@@ -105,18 +106,18 @@ class UserError(Exception):
 
 
 def autocast(x: Tensor, dtype: torch.dtype) -> torch.autocast:
-    """A context in which matrix products and convolutions run in half precision, where x is on a
-    GPU that is able to. [ours] D18
+    """A context in which matrix products and convolutions run in half precision, if x is on a GPU
+    that can. [ours] D18
 
     Elsewhere it does nothing: not every CPU has a fast half precision, and a V100 only emulates
-    bfloat16 (which is what the argument False leaves out).
+    bfloat16.
     """
-    able = dtype == torch.float16 or torch.cuda.is_bf16_supported(False)
+    able = dtype == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast("cuda", dtype, enabled=x.is_cuda and able)
 
 
 @dataclass
-class Layer:
+class PictureRow:
     """A row of heatmaps.png: pictures by sample, whose values low..high are drawn in `colours`."""
 
     name: str
@@ -171,7 +172,7 @@ class Config:
     cache: bool = True
     workers: int = 4  # processes that read images; there are never more than CPU cores
     # what eval, predict and --resume read (default: checkpoint.pt in --out); given to train
-    # without --resume, it is what the training starts from
+    # without --resume, the training goes on from it in another --out
     checkpoint: str = ""
     resume: bool = False  # go on with an interrupted training
 
@@ -327,8 +328,8 @@ class Student(nn.Module):
         self.fuse2 = halve(c2, c3)
         self.bottleneck = residual_stage(like, 3 * c3, 512, len(like.layer4), up=False)
 
-        # RD builds its decoder from ResNet's list of depths in the order in which it runs: the
-        # deepest features are rebuilt by as many blocks as layer1 has (3 of 3, 4, 6), not layer3.
+        # RD's depths run in ResNet's order, from the deepest features on: these are rebuilt by as
+        # many blocks as layer1 has (3 of 3, 4, 6), and not by as many as layer3 has.
         self.decode3 = residual_stage(like, 2 * c3, 256, len(like.layer1), up=True)
         self.decode2 = residual_stage(like, c3, 128, len(like.layer2), up=True)
         self.decode1 = residual_stage(like, c2, 64, len(like.layer3), up=True)
@@ -352,8 +353,8 @@ class RevDist(nn.Module):
 
     The decoder has learned to reproduce the teacher's features e of normal images only; where its d
     fails, the image is anomalous: A(h,w) = mean over layers of 1 - <e,d> / (|e||d|). [author]
-    The level at which it fails on *normal* images differs from class to class: a regular wire grid
-    is easy to reproduce, and granite is not. That is the problem that CADA solves.
+    How far it fails on *normal* images differs from class to class: a regular wire grid is easy to
+    reproduce, and granite is not. That is the problem that CADA solves.
 
     CADA and the shared code need this much of a detector: `preprocess` for images; `teacher` for
     frozen features of them; called on these, it gives the loss, and `describe` turns them into
@@ -463,7 +464,7 @@ class CADA:
     So we let the prediction snap [ours] D5. On normal images the predictions crowd around a few
     levels, about one or two for each class. An image gets the typical statistics of the level that
     its own prediction is nearest to. Then a few per cent no longer matter: to do harm, a defect
-    must move the prediction half the way to another level. And all images of a level share one
+    must move the prediction nearer to another level. And all images of a level share one
     affine map, so that their order stays as it is.
 
     One question remains: how is the regression to predict a class, when each image that it learns
@@ -485,7 +486,8 @@ class CADA:
     @classmethod
     def fit(cls, features: Tensor, maps: Tensor, seed: int = 0, rounds: int = 5) -> CADA:
         """Learn from 10 or more normal images: pooled features (N, C) and raw maps (N, H, W) with
-        values above 0, float tensors on the CPU. No label is used."""
+        values above 0, float tensors on the CPU. No label is used. All numbers in it are [ours] D5.
+        """
         rows = np.random.default_rng(seed).permutation(len(features))
         rows = torch.from_numpy(rows[:2000])  # 45 seconds of one core; the time grows fast
         features = features[rows]
@@ -561,17 +563,17 @@ def normalise(maps: Tensor, u: Tensor, gamma: Tensor) -> Tensor:
 
 
 # ==== shared: map and score
-# From an anomaly map to one number an image, for any detector.
+# These turn an anomaly map into one number an image, whatever the detector.
 
 def smooth(maps: Tensor) -> Tensor:
-    """Gaussian blur of (N, H, W) maps: sigma 4 pixels at 256 x 256 [author], in proportion at other
-    sizes, with repeated edges [ours] D4.
+    """Gaussian blur of (N, H, W) maps. Sigma is 4 pixels at 256 x 256 [author], where the kernel is
+    cut to 5 x 5; here it is not cut, in proportion at other sizes, and edges repeat. [ours] D4
 
     The kernel sums to one, so with repeated edges a constant map stays constant. The blur therefore
     commutes with (A - u) / (gamma - u): to normalise before it [author] or after it is the same.
     """
     sigma = maps.shape[-1] / 64  # 256 / 64 = 4
-    # No blur across images: sigma 0 along the first dimension.
+    # A sigma of 0 along the first dimension keeps images apart.
     blurred = ndimage.gaussian_filter(maps.numpy(), (0, sigma, sigma), mode="nearest")
     return torch.from_numpy(blurred)
 
@@ -586,8 +588,8 @@ def image_score(maps: Tensor) -> Tensor:
 
 @torch.no_grad()
 def run_on_images(detector: nn.Module, samples: list[Sample], method: Callable) -> list[Tensor]:
-    """Show images to the frozen teacher, and its features to a method of the detector. Returns what
-    that returns, for all images: tensors (N, ...) on the CPU."""
+    """Apply a method of the detector to the teacher's features of all images. Returns its results,
+    tensors (N, ...) on the CPU."""
     detector.eval()  # BatchNorm by its running statistics: a score must not depend on its batch
     batches = []  # joined once at the end: a tensor that grows would be copied at each batch
     for x in image_batches(detector, samples):
@@ -613,7 +615,7 @@ def build(cfg: Config, checkpoint: dict | None) -> RevDist:
         load_weights(detector, checkpoint)
     if detector.teacher.random:
         print("teacher: RANDOM weights; its numbers are not the paper's", file=sys.stderr)
-    # channels_last is the layout of cuDNN's own convolutions; on a CPU it made no difference.
+    # channels_last is the layout of cuDNN's own convolutions.
     return detector.to(choose_device(cfg.device), memory_format=torch.channels_last)
 
 
@@ -629,7 +631,8 @@ def train_detector(detector: RevDist, samples: list[Sample], checkpoint: dict | 
     """
     cfg = detector.cfg
     step = checkpoint["step"] if checkpoint else 0
-    if step >= cfg.iters:  # trained already
+    if step >= cfg.iters:
+        print(f"trained already: {step} steps", file=sys.stderr)
         return checkpoint
     if cfg.batch_size % WORLD_SIZE:
         raise UserError(f"--batch-size {cfg.batch_size}: give a multiple of {WORLD_SIZE} processes")
@@ -654,8 +657,7 @@ def train_detector(detector: RevDist, samples: list[Sample], checkpoint: dict | 
         engine = nn.parallel.DistributedDataParallel(detector)
 
     share = samples[RANK::WORLD_SIZE]  # the images of this process
-    seed = cfg.seed + 1_000_000 * RANK  # processes draw batches of their own
-    batches = shuffled(len(share), cfg.batch_size // WORLD_SIZE, cfg.iters, seed)
+    batches = shuffled(len(share), cfg.batch_size // WORLD_SIZE, cfg.iters, cfg.seed)
     features = teacher_features(detector, share, batches[step:])
     detector.train()
     bar = tqdm(features, "training", cfg.iters, initial=step, disable=None)
@@ -672,12 +674,13 @@ def train_detector(detector: RevDist, samples: list[Sample], checkpoint: dict | 
         optimizer.step()
         step += 1
 
-        # Ten checkpoints in all, and a look at the loss before each: none is written of a NaN.
+        # Ten checkpoints in all, and a look at the loss before each.
         due = step % max(1, cfg.iters // 10) == 0 or step == cfg.iters
         if due or step % 20 == 0:  # seldom: item() waits for the GPU
-            bar.set_postfix(loss=f"{loss.item():.4f}")
-            if not math.isfinite(loss.item()):
-                raise UserError(f"the loss is {loss.item()} at step {step}; lower --lr {cfg.lr}")
+            value = loss.item()
+            bar.set_postfix(loss=f"{value:.4f}")
+            if not math.isfinite(value):
+                raise UserError(f"the loss is {value} at step {step}; lower --lr {cfg.lr}")
         if due and RANK == 0:
             checkpoint = {"step": step, "optimizer": optimizer.state_dict()}
             save_checkpoint(detector, checkpoint)
@@ -693,7 +696,8 @@ def align(detector: nn.Module, normal: list[Sample], held: list[Sample], checkpo
     CADA learns from all normal images, those held out for the threshold included. Without them it
     would know only maps of images that the detector was trained on, and lose a point of pooled
     I-AUROC on CNC. With them the promise of the threshold is a little weaker where classes are
-    small.
+    small. All their maps are in memory at once: 0.25 MiB an image at 256 x 256, and for a moment
+    twice that.
     """
     cfg = detector.cfg
     features, maps = run_on_images(detector, normal, detector.describe)
@@ -776,13 +780,13 @@ def plot_distributions(path: Path, samples: list[Sample], scores: dict, results:
 
 
 # ==== shared: fitting a detector
-# What a training needs beside the model: images kept back, batches in a fixed order, features that
-# are computed once, and a checkpoint.
+# Training needs more than a model: images kept back, batches in a fixed order, features that are
+# computed once, and a checkpoint.
 
 def hold_out(cfg: Config, samples: list[Sample]) -> tuple[list, list]:
     """Normal images to train on, and those kept back at random for the threshold, because the
-    decoder knows the former too well. With --holdout 0 all images serve as both, as in the papers,
-    and the threshold comes out too low. [ours] D1"""
+    decoder knows the former too well. With --holdout 0 all images are trained on, and the
+    threshold, taken from the same, comes out too low. [ours] D1"""
     if cfg.holdout == 0:
         return samples, samples
     kept, held = train_test_split(samples, test_size=cfg.holdout, random_state=cfg.seed)
@@ -793,7 +797,8 @@ def conformal_threshold(scores: Tensor, quantile: float) -> float:
     """The ceil((n + 1) quantile)-th smallest of the scores of n normal images, or the largest.
 
     A new normal image like these lies above it with a probability of at most 1 - quantile, if n is
-    large enough (99 for 0.99) and nothing has learned from these n; CADA has, a little. [ours] D1
+    large enough (99 for 0.99) and nothing has learned from these n. (In cada.py CADA has, and the
+    promise is a little weaker.) [ours] D1
     """
     n = len(scores)
     rank = min(math.ceil((n + 1) * quantile), n)  # the + 1 counts the new image among the n
@@ -817,7 +822,7 @@ def teacher_features(detector: nn.Module, samples: list[Sample],
 
     Training uses no augmentation, so every epoch would compute the same again. They stay in one
     float16 array (N, values per image) in an unnamed file in --out. The system keeps as much of it
-    in memory as fits, and it goes with the process, even a killed one, so it can never be stale.
+    in memory as fits. The file disappears with the process, even a killed one: it is never stale.
     Raises UserError if the disk is too small.
     """
     teacher = detector.teacher
@@ -849,7 +854,7 @@ def teacher_features(detector: nn.Module, samples: list[Sample],
     for indices in batches:
         values = torch.from_numpy(array[indices])  # (B, values per image)
         if on_gpu:
-            values = values.pin_memory()  # so that it is copied while the GPU computes
+            values = values.pin_memory()  # so that Python need not wait for the copy
         parts = values.to(device, non_blocking=on_gpu).split(sizes, dim=1)
         yield [part.unflatten(1, shape) for part, shape in zip(parts, shapes)]
 
@@ -1000,7 +1005,7 @@ def load_masks(samples: list[Sample], size: int) -> np.ndarray | None:
     """
     if not any(s.mask for s in samples):
         return None
-    masks = np.zeros((len(samples), size, size), bool)  # good images keep their zeros
+    masks = np.zeros((len(samples), size, size), bool)
     for i, s in enumerate(samples):
         if s.mask:
             masks[i] = load_mask(s.mask).resize((size, size), Image.NEAREST)
@@ -1027,8 +1032,7 @@ def image_batches(detector: nn.Module, samples: list[Sample],
         workers = 0
     loader = DataLoader(
         samples, batch_sampler=batches, collate_fn=partial(load_batch, detector.preprocess),
-        num_workers=workers, pin_memory=device.type == "cuda",
-        generator=torch.Generator())  # its own: it must draw nothing from that of the training
+        num_workers=workers, pin_memory=device.type == "cuda")
     for x in tqdm(loader, "images", leave=False, disable=bar_off):
         yield x.to(device, non_blocking=loader.pin_memory)
 # ==== end shared
@@ -1121,11 +1125,11 @@ def summarise(scores: np.ndarray, labels: np.ndarray, classes: np.ndarray, maps:
 
 
 # ==== shared: report
-# One function for each thing that is printed or written. The table comes first: no picture that
-# fails may cost the numbers.
+# Each thing that is printed or written has a function. The table comes first: no picture that fails
+# may cost the numbers.
 
 def report(cfg: Config, samples: list[Sample], maps: dict, thresholds: dict, decides: str,
-           layers: list[Layer]) -> tuple[dict, dict]:
+           layers: list[PictureRow]) -> tuple[dict, dict]:
     """Print and write how well maps {variant: (N, S, S)} tell good from defective samples. Returns
     image scores (N,) and metrics, both by variant.
 
@@ -1150,7 +1154,7 @@ def report(cfg: Config, samples: list[Sample], maps: dict, thresholds: dict, dec
           f"{bad.sum()} of {len(bad)} defective test images; more in {cfg.out}")
     write_scores(Path(cfg.out, "scores.csv"), samples, scores, flagged)
     write_metrics(Path(cfg.out, "metrics.json"), cfg, thresholds, results)
-    rows = [Layer(f"{v} map", maps[v], 0, 2 * t, "inferno") for v, t in thresholds.items()]
+    rows = [PictureRow(f"{v} map", maps[v], 0, 2 * t, "inferno") for v, t in thresholds.items()]
     plot_heatmaps(Path(cfg.out, "heatmaps.png"), samples, masks, rows + layers)
     return scores, results
 
@@ -1184,7 +1188,7 @@ def write_metrics(path: Path, cfg: Config, thresholds: dict, results: dict) -> N
 
 
 def plot_heatmaps(path: Path, samples: list[Sample], masks: np.ndarray | None,
-                  layers: list[Layer]) -> None:
+                  layers: list[PictureRow]) -> None:
     """A column a class, at most 12: its middle good and its middle defective image (nobody picked
     them), each above its layers.
 
@@ -1204,9 +1208,9 @@ def plot_heatmaps(path: Path, samples: list[Sample], masks: np.ndarray | None,
     rows = []  # (layer, label of the images that it is shown of)
     for label, kind in ((0, "good"), (1, "defective")):
         if any((cls, label) in middle for cls in classes):
-            rows.append((Layer(f"{kind} image", images, 0, 255, "gray"), label))
+            rows.append((PictureRow(f"{kind} image", images, 0, 255, "gray"), label))
             if label and masks is not None:
-                rows.append((Layer("ground truth", masks, 0, 1, "gray"), label))
+                rows.append((PictureRow("ground truth", masks, 0, 1, "gray"), label))
             rows += [(layer, label) for layer in layers]
 
     size = (1.3 * len(classes) + 2, 1.3 * len(rows) + 0.3)  # inches
@@ -1264,7 +1268,7 @@ def write_predictions(cfg: Config, threshold: float, anomaly_maps: Callable) -> 
 
 def read_command_line(argv: list[str] | None, published: Config, demo: dict,
                       visa: dict) -> tuple[Config, dict | None]:
-    """The settings, and the checkpoint if one is to be read. Raises UserError for one that cannot.
+    """The settings, and the checkpoint if one is to be read. Raises UserError if it cannot be.
 
     tyro makes a flag of each field of Config, and its help of the comment beside it. The command
     line is read twice: first to learn where the defaults come from, then with these defaults, so
@@ -1314,7 +1318,9 @@ def choose_device(name: str) -> torch.device:
     if this machine does not have it."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda", "mps") or not torch.get_device_module(name).is_available():
+    available = {"cpu": True, "cuda": torch.cuda.is_available(),
+                 "mps": torch.backends.mps.is_available()}
+    if not available.get(name):
         raise UserError(f"--device {name}: not on this machine; use --device auto")
     if name == "cuda":  # torchrun counts the processes of one machine
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -1325,7 +1331,7 @@ def choose_device(name: str) -> torch.device:
 
 
 # ---- the script ----------------------------------------------------------------------------------
-# The whole story in `run`; what can go wrong with it in `main`.
+# `run` tells the whole story, and `main` says what can go wrong with it.
 
 @dataclass
 class Base:
@@ -1385,6 +1391,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except mistakes as e:
         print("cada.py: error:", " ".join(str(e).split()), file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print("cada.py: error: the GPU's memory is full; lower --batch-size", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("cada.py: error: interrupted; --resume goes on from the last checkpoint, if any",

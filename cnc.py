@@ -3,7 +3,8 @@ r"""CNC: language keeps the decoder from reproducing defects (AAAI 2025, arXiv:2
 Wang, Wang, Bai, Lim, Xiao. CNC: Cross-modal Normality Constraint for Unsupervised Multi-class
 Anomaly Detection, 2025. This is a reconstruction from public facts, and every choice says where it
 comes from: [paper] is stated there, [port] was seen only in a third-party port, which proves
-nothing, [ours] is a reading of ours. D1, D2, ... number these in the README's list of departures.
+nothing, [author] in public code of CADA's first author (in shared sections), [ours] is a reading of
+ours. D1, D2, ... number these in the README's list of departures.
 
 The idea. A frozen CLIP describes the image, and a decoder that has seen normal images only must
 reproduce the description; where it fails, the image is anomalous. But many classes teach the
@@ -100,11 +101,12 @@ HERE = Path(__file__).resolve().parent
 
 
 # ==== shared: words used throughout
-# What both scripts speak of from the first page to the last.
+# These words are used by both scripts throughout.
 
 @dataclass(frozen=True)
 class Sample:
-    """One image of a data set. `cls` serves the report and the oracle only: no model sees it."""
+    """One image of a data set. No model sees its class `cls`, which serves the report and, in
+    cada.py, a comparison with one who knows it."""
 
     path: Path
     cls: str = ""
@@ -117,18 +119,18 @@ class UserError(Exception):
 
 
 def autocast(x: Tensor, dtype: torch.dtype) -> torch.autocast:
-    """A context in which matrix products and convolutions run in half precision, where x is on a
-    GPU that is able to. [ours] D18
+    """A context in which matrix products and convolutions run in half precision, if x is on a GPU
+    that can. [ours] D18
 
     Elsewhere it does nothing: not every CPU has a fast half precision, and a V100 only emulates
-    bfloat16 (which is what the argument False leaves out).
+    bfloat16.
     """
-    able = dtype == torch.float16 or torch.cuda.is_bf16_supported(False)
+    able = dtype == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast("cuda", dtype, enabled=x.is_cuda and able)
 
 
 @dataclass
-class Layer:
+class PictureRow:
     """A row of heatmaps.png: pictures by sample, whose values low..high are drawn in `colours`."""
 
     name: str
@@ -165,7 +167,7 @@ class Config:
     # frozen CLIP: a ViT of open_clip's [paper], or tiny, a small one built here [ours] D3.
     # OpenAI's weights want a name that ends in -quickgelu
     teacher: str = "ViT-L-14-336-quickgelu"
-    weights: str = "openai"  # of the teacher: open_clip tag, file, or none: random [paper]
+    weights: str = "openai"  # of the teacher [paper]: open_clip tag, file, or none: random
     # sides in pixels of the square that images are squashed to, a multiple of the teacher's patch;
     # 0: what it was made for, 336 [paper]
     image_size: int = 0
@@ -195,7 +197,7 @@ class Config:
     cache: bool = True
     workers: int = 4  # processes that read images; there are never more than CPU cores
     # what eval, predict and --resume read (default: checkpoint.pt in --out); given to train
-    # without --resume, it is what the training starts from
+    # without --resume, the training goes on from it in another --out
     checkpoint: str = ""
     resume: bool = False  # go on with an interrupted training
 
@@ -405,6 +407,7 @@ class PromptLearner(nn.Module):
     were before any learning.
     """
 
+    # "a object", since both sentences share their context.
     SENTENCES = ("a photo of a object.", "a photo of a damaged object.")
     N_CTX = 4  # "a photo of a": a token each
 
@@ -412,8 +415,9 @@ class PromptLearner(nn.Module):
         super().__init__()
         ids = tokenizer(self.SENTENCES)  # (2, length): start, context, sentence, end, padding
         words = clip.token_embedding(ids).detach()  # (2, length, dim)
-        self.register_buffer("ids", ids, persistent=False)  # the teacher has both: no checkpoint
-        self.register_buffer("words", words, persistent=False)  # needs to store them
+        # Both follow from the teacher, so no checkpoint needs to store them.
+        self.register_buffer("ids", ids, persistent=False)
+        self.register_buffer("words", words, persistent=False)
         self.ctx = nn.Parameter(words[0, 1:1 + self.N_CTX].repeat(taps, 1, 1))
         start = encode_prompts(clip, words, ids).detach()  # (2, D)
         self.register_buffer("start", start.repeat(taps, 1, 1))
@@ -489,7 +493,7 @@ class GatedMoE(nn.Module):
 
 
 class Student(nn.Module):
-    """What CNC trains beside the prompts: fusion, experts, decoder.
+    """What CNC trains besides the prompts: fusion, experts, decoder.
 
     forward: the teacher's taps [(B, 1 + N, C), ...], float32 -> the same shapes, reproduced, and
     the balance loss. Fusion with dropout 0.1, and a decoder of one transformer block a tap. It runs
@@ -528,10 +532,7 @@ class Student(nn.Module):
 
 def margin(v: Tensor, text: Tensor) -> Tensor:
     """<v, t_n - t_a>: how much nearer unit vectors v (taps, B, N, D) are to the normal text than to
-    the abnormal one, of text (taps, 2, D). Returns (taps, B, N).
-
-    This is no matrix product, which on a GPU would be rounded to three digits: tau asks for more.
-    """
+    the abnormal one, of text (taps, 2, D). Returns (taps, B, N)."""
     direction = text[:, 0] - text[:, 1]  # (taps, D)
     return (v * direction[:, None, None]).sum(-1)
 
@@ -551,10 +552,10 @@ def promote(v: Tensor, psi: Tensor, text: Tensor) -> Tensor:
 
 class NormalMargins(nn.Module):
     """Mean and standard deviation of the margins of encoded normal patches, tap by tap, (taps, 1,
-    1) each, over all training steps so far. [ours] D13
+    1) each, over all training steps so far. [ours] D10, D13
 
     What a margin of 0.05 means differs from tap to tap and from CLIP to CLIP; these two say it
-    without any label.
+    without any label. (With torchrun they are those of the first process's images.)
     """
 
     def __init__(self, taps: int) -> None:
@@ -635,9 +636,10 @@ class CNC(nn.Module):
         against "normal", times tau; mean over patches v (taps, B, N, D). [paper] that there is one
         and the value of tau; its form is [ours] D10.
 
-        Each cosine is taken less its mean over normal patches, else tau = 0.001 would leave no
-        gradient: a gap of 0.01 is one of 10 between the logits. A softmax sees only the difference
-        of its two logits, so the margin and 0 say the same.
+        Each cosine is taken less its mean over normal patches. Else the sign of the average margin
+        would decide whether all patches have a gradient or none: at tau = 0.001 a gap of 0.01 is
+        one of 10 between the logits. A softmax sees only the difference of its two logits, so the
+        margin and 0 say the same.
 
         With two texts the cross entropy is log(1 + exp(-margin / tau)). At tau = 0.001 that is a
         hinge: 0 where the margin is above the average, and below it a line of slope 1 / tau. Times
@@ -650,7 +652,7 @@ class CNC(nn.Module):
 
     def forward(self, features: list[Tensor], warm_up: bool = False) -> Tensor:
         """The loss: L = L_distillation + L_constraint + 0.01 L_balance, a scalar; and in the
-        warm-up, while the prompts learn, |text - start|^2. The weights are [ours] D14, D16.
+        warm-up, while the prompts learn, |text - start|^2. The weights are [ours] D10, D14, D16.
 
         In the warm-up the constraint reads *encoded* patches and teaches the prompts to find all
         normal patches alike, held back by their distance to the words that they started as. After
@@ -723,17 +725,17 @@ class CNC(nn.Module):
 
 
 # ==== shared: map and score
-# From an anomaly map to one number an image, for any detector.
+# These turn an anomaly map into one number an image, whatever the detector.
 
 def smooth(maps: Tensor) -> Tensor:
-    """Gaussian blur of (N, H, W) maps: sigma 4 pixels at 256 x 256 [author], in proportion at other
-    sizes, with repeated edges [ours] D4.
+    """Gaussian blur of (N, H, W) maps. Sigma is 4 pixels at 256 x 256 [author], where the kernel is
+    cut to 5 x 5; here it is not cut, in proportion at other sizes, and edges repeat. [ours] D4
 
     The kernel sums to one, so with repeated edges a constant map stays constant. The blur therefore
     commutes with (A - u) / (gamma - u): to normalise before it [author] or after it is the same.
     """
     sigma = maps.shape[-1] / 64  # 256 / 64 = 4
-    # No blur across images: sigma 0 along the first dimension.
+    # A sigma of 0 along the first dimension keeps images apart.
     blurred = ndimage.gaussian_filter(maps.numpy(), (0, sigma, sigma), mode="nearest")
     return torch.from_numpy(blurred)
 
@@ -748,8 +750,8 @@ def image_score(maps: Tensor) -> Tensor:
 
 @torch.no_grad()
 def run_on_images(detector: nn.Module, samples: list[Sample], method: Callable) -> list[Tensor]:
-    """Show images to the frozen teacher, and its features to a method of the detector. Returns what
-    that returns, for all images: tensors (N, ...) on the CPU."""
+    """Apply a method of the detector to the teacher's features of all images. Returns its results,
+    tensors (N, ...) on the CPU."""
     detector.eval()  # BatchNorm by its running statistics: a score must not depend on its batch
     batches = []  # joined once at the end: a tensor that grows would be copied at each batch
     for x in image_batches(detector, samples):
@@ -759,8 +761,8 @@ def run_on_images(detector: nn.Module, samples: list[Sample], method: Callable) 
 
 
 # ---- training ------------------------------------------------------------------------------------
-# Two phases with one loop: prompts first, then the decoder under their guidance. With torchrun
-# several processes train together, each on its share of the images.
+# One loop runs two phases: first the prompts learn, then the decoder under their guidance. With
+# torchrun several processes train together, each on its share of the images.
 
 # torchrun says which of its processes this is, and of how many.
 RANK = int(os.environ.get("RANK", 0))
@@ -793,7 +795,8 @@ def train_detector(detector: CNC, samples: list[Sample], checkpoint: dict | None
     steps = max(1, round(cfg.epochs * steps_an_epoch))
     warm_up_steps = cfg.theta * steps_an_epoch
     step = checkpoint["step"] if checkpoint else 0
-    if step >= steps:  # trained already
+    if step >= steps:
+        print(f"trained already: {step} steps", file=sys.stderr)
         return checkpoint
     if cfg.batch_size % WORLD_SIZE:
         raise UserError(f"--batch-size {cfg.batch_size}: give a multiple of {WORLD_SIZE} processes")
@@ -811,8 +814,7 @@ def train_detector(detector: CNC, samples: list[Sample], checkpoint: dict | None
         distributed.init_process_group()
 
     share = samples[RANK::WORLD_SIZE]  # the images of this process
-    seed = cfg.seed + 1_000_000 * RANK  # processes draw batches of their own
-    batches = shuffled(len(share), cfg.batch_size // WORLD_SIZE, steps, seed)
+    batches = shuffled(len(share), cfg.batch_size // WORLD_SIZE, steps, cfg.seed)
     features = teacher_features(detector, share, batches[step:])
     detector.train()
     phase = None
@@ -834,12 +836,13 @@ def train_detector(detector: CNC, samples: list[Sample], checkpoint: dict | None
         optimizer.step()
         step += 1
 
-        # Ten checkpoints in all, and a look at the loss before each: none is written of a NaN.
+        # Ten checkpoints in all, and a look at the loss before each.
         due = step % max(1, steps // 10) == 0 or step == steps
         if due or step % 20 == 0:  # seldom: item() waits for the GPU
-            bar.set_postfix(loss=f"{loss.item():.4f}")
-            if not math.isfinite(loss.item()):
-                raise UserError(f"the loss is {loss.item()} at step {step}; lower --lr {cfg.lr}")
+            value = loss.item()
+            bar.set_postfix(loss=f"{value:.4f}")
+            if not math.isfinite(value):
+                raise UserError(f"the loss is {value} at step {step}; lower --lr {cfg.lr}")
         if due and RANK == 0:
             checkpoint = {"step": step, "optimizer": optimizer.state_dict()}
             save_checkpoint(detector, checkpoint)
@@ -850,7 +853,8 @@ def train_detector(detector: CNC, samples: list[Sample], checkpoint: dict | None
 
 
 # ---- evaluation ----------------------------------------------------------------------------------
-# Beside CNC's map the report shows what the text alone would say, and which expert a patch went to.
+# Besides CNC's map the report shows what the text alone would say, and which expert a patch went
+# to.
 
 # Okabe and Ito's colours, one an expert; the fifth for all after it, too.
 EXPERT_COLOURS = ListedColormap(["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9"])
@@ -860,20 +864,20 @@ def explain_all(detector: CNC, samples: list[Sample]) -> tuple[dict, list]:
     """Anomaly maps of images (N, S, S) in two variants: "text", what the text alone says; "cnc",
     smoothed; and two more rows for heatmaps.png."""
     maps, text, first_expert = run_on_images(detector, samples, detector.explain)
-    layers = [Layer("text, 1 - psi", text, 0, 1, "cividis")]
+    layers = [PictureRow("text, 1 - psi", text, 0, 1, "cividis")]
     if detector.cfg.moe:
-        layers.append(Layer("expert", first_expert, 0.5, 5.5, EXPERT_COLOURS))
+        layers.append(PictureRow("expert", first_expert, 0.5, 5.5, EXPERT_COLOURS))
     return {"text": text, "cnc": smooth(maps)}, layers
 
 
 # ==== shared: fitting a detector
-# What a training needs beside the model: images kept back, batches in a fixed order, features that
-# are computed once, and a checkpoint.
+# Training needs more than a model: images kept back, batches in a fixed order, features that are
+# computed once, and a checkpoint.
 
 def hold_out(cfg: Config, samples: list[Sample]) -> tuple[list, list]:
     """Normal images to train on, and those kept back at random for the threshold, because the
-    decoder knows the former too well. With --holdout 0 all images serve as both, as in the papers,
-    and the threshold comes out too low. [ours] D1"""
+    decoder knows the former too well. With --holdout 0 all images are trained on, and the
+    threshold, taken from the same, comes out too low. [ours] D1"""
     if cfg.holdout == 0:
         return samples, samples
     kept, held = train_test_split(samples, test_size=cfg.holdout, random_state=cfg.seed)
@@ -884,7 +888,8 @@ def conformal_threshold(scores: Tensor, quantile: float) -> float:
     """The ceil((n + 1) quantile)-th smallest of the scores of n normal images, or the largest.
 
     A new normal image like these lies above it with a probability of at most 1 - quantile, if n is
-    large enough (99 for 0.99) and nothing has learned from these n; CADA has, a little. [ours] D1
+    large enough (99 for 0.99) and nothing has learned from these n. (In cada.py CADA has, and the
+    promise is a little weaker.) [ours] D1
     """
     n = len(scores)
     rank = min(math.ceil((n + 1) * quantile), n)  # the + 1 counts the new image among the n
@@ -908,7 +913,7 @@ def teacher_features(detector: nn.Module, samples: list[Sample],
 
     Training uses no augmentation, so every epoch would compute the same again. They stay in one
     float16 array (N, values per image) in an unnamed file in --out. The system keeps as much of it
-    in memory as fits, and it goes with the process, even a killed one, so it can never be stale.
+    in memory as fits. The file disappears with the process, even a killed one: it is never stale.
     Raises UserError if the disk is too small.
     """
     teacher = detector.teacher
@@ -940,7 +945,7 @@ def teacher_features(detector: nn.Module, samples: list[Sample],
     for indices in batches:
         values = torch.from_numpy(array[indices])  # (B, values per image)
         if on_gpu:
-            values = values.pin_memory()  # so that it is copied while the GPU computes
+            values = values.pin_memory()  # so that Python need not wait for the copy
         parts = values.to(device, non_blocking=on_gpu).split(sizes, dim=1)
         yield [part.unflatten(1, shape) for part, shape in zip(parts, shapes)]
 
@@ -1091,7 +1096,7 @@ def load_masks(samples: list[Sample], size: int) -> np.ndarray | None:
     """
     if not any(s.mask for s in samples):
         return None
-    masks = np.zeros((len(samples), size, size), bool)  # good images keep their zeros
+    masks = np.zeros((len(samples), size, size), bool)
     for i, s in enumerate(samples):
         if s.mask:
             masks[i] = load_mask(s.mask).resize((size, size), Image.NEAREST)
@@ -1118,8 +1123,7 @@ def image_batches(detector: nn.Module, samples: list[Sample],
         workers = 0
     loader = DataLoader(
         samples, batch_sampler=batches, collate_fn=partial(load_batch, detector.preprocess),
-        num_workers=workers, pin_memory=device.type == "cuda",
-        generator=torch.Generator())  # its own: it must draw nothing from that of the training
+        num_workers=workers, pin_memory=device.type == "cuda")
     for x in tqdm(loader, "images", leave=False, disable=bar_off):
         yield x.to(device, non_blocking=loader.pin_memory)
 # ==== end shared
@@ -1212,11 +1216,11 @@ def summarise(scores: np.ndarray, labels: np.ndarray, classes: np.ndarray, maps:
 
 
 # ==== shared: report
-# One function for each thing that is printed or written. The table comes first: no picture that
-# fails may cost the numbers.
+# Each thing that is printed or written has a function. The table comes first: no picture that fails
+# may cost the numbers.
 
 def report(cfg: Config, samples: list[Sample], maps: dict, thresholds: dict, decides: str,
-           layers: list[Layer]) -> tuple[dict, dict]:
+           layers: list[PictureRow]) -> tuple[dict, dict]:
     """Print and write how well maps {variant: (N, S, S)} tell good from defective samples. Returns
     image scores (N,) and metrics, both by variant.
 
@@ -1241,7 +1245,7 @@ def report(cfg: Config, samples: list[Sample], maps: dict, thresholds: dict, dec
           f"{bad.sum()} of {len(bad)} defective test images; more in {cfg.out}")
     write_scores(Path(cfg.out, "scores.csv"), samples, scores, flagged)
     write_metrics(Path(cfg.out, "metrics.json"), cfg, thresholds, results)
-    rows = [Layer(f"{v} map", maps[v], 0, 2 * t, "inferno") for v, t in thresholds.items()]
+    rows = [PictureRow(f"{v} map", maps[v], 0, 2 * t, "inferno") for v, t in thresholds.items()]
     plot_heatmaps(Path(cfg.out, "heatmaps.png"), samples, masks, rows + layers)
     return scores, results
 
@@ -1275,7 +1279,7 @@ def write_metrics(path: Path, cfg: Config, thresholds: dict, results: dict) -> N
 
 
 def plot_heatmaps(path: Path, samples: list[Sample], masks: np.ndarray | None,
-                  layers: list[Layer]) -> None:
+                  layers: list[PictureRow]) -> None:
     """A column a class, at most 12: its middle good and its middle defective image (nobody picked
     them), each above its layers.
 
@@ -1295,9 +1299,9 @@ def plot_heatmaps(path: Path, samples: list[Sample], masks: np.ndarray | None,
     rows = []  # (layer, label of the images that it is shown of)
     for label, kind in ((0, "good"), (1, "defective")):
         if any((cls, label) in middle for cls in classes):
-            rows.append((Layer(f"{kind} image", images, 0, 255, "gray"), label))
+            rows.append((PictureRow(f"{kind} image", images, 0, 255, "gray"), label))
             if label and masks is not None:
-                rows.append((Layer("ground truth", masks, 0, 1, "gray"), label))
+                rows.append((PictureRow("ground truth", masks, 0, 1, "gray"), label))
             rows += [(layer, label) for layer in layers]
 
     size = (1.3 * len(classes) + 2, 1.3 * len(rows) + 0.3)  # inches
@@ -1355,7 +1359,7 @@ def write_predictions(cfg: Config, threshold: float, anomaly_maps: Callable) -> 
 
 def read_command_line(argv: list[str] | None, published: Config, demo: dict,
                       visa: dict) -> tuple[Config, dict | None]:
-    """The settings, and the checkpoint if one is to be read. Raises UserError for one that cannot.
+    """The settings, and the checkpoint if one is to be read. Raises UserError if it cannot be.
 
     tyro makes a flag of each field of Config, and its help of the comment beside it. The command
     line is read twice: first to learn where the defaults come from, then with these defaults, so
@@ -1405,7 +1409,9 @@ def choose_device(name: str) -> torch.device:
     if this machine does not have it."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda", "mps") or not torch.get_device_module(name).is_available():
+    available = {"cpu": True, "cuda": torch.cuda.is_available(),
+                 "mps": torch.backends.mps.is_available()}
+    if not available.get(name):
         raise UserError(f"--device {name}: not on this machine; use --device auto")
     if name == "cuda":  # torchrun counts the processes of one machine
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -1416,7 +1422,7 @@ def choose_device(name: str) -> torch.device:
 
 
 # ---- the script ----------------------------------------------------------------------------------
-# The whole story in `run`; what can go wrong with it in `main`.
+# `run` tells the whole story, and `main` says what can go wrong with it.
 
 def run(argv: list[str] | None) -> None:
     """Load, train, evaluate."""
@@ -1458,6 +1464,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except (UserError, OSError) as e:
         print("cnc.py: error:", " ".join(str(e).split()), file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print("cnc.py: error: the GPU's memory is full; lower --batch-size", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("cnc.py: error: interrupted; --resume goes on from the last checkpoint, if any",
