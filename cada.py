@@ -470,7 +470,7 @@ class CADA:
     One question remains: how is the regression to predict a class, when each image that it learns
     from has statistics of its own? It learns in rounds. In the first its targets are the statistics
     of the images, as they are. Then they are those of the levels that were found, so that images
-    which fell into one level are pulled together, and classes are no longer cut into pieces.
+    which fell into one level are pulled together, and fewer classes are cut into pieces.
 
     CADA knows nothing of the detector: any that has pooled features and maps will do.
     """
@@ -489,7 +489,7 @@ class CADA:
         values above 0, float tensors on the CPU. No label is used. All numbers in it are [ours] D5.
         """
         rows = np.random.default_rng(seed).permutation(len(features))
-        rows = torch.from_numpy(rows[:2000])  # 45 seconds of one core; the time grows fast
+        rows = torch.from_numpy(rows[:2000])  # these take 45 seconds of one core; more, far longer
         features = features[rows]
         statistics = map_statistics(maps[rows])
         mean = features.mean(0)
