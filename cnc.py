@@ -65,11 +65,11 @@ then come training and evaluation, and after them what every such script needs. 
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import logging
 import math
 import os
-import shutil
 import sys
 import tempfile
 import warnings
@@ -77,7 +77,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import product
+from glob import glob
 from pathlib import Path
 from typing import Literal
 
@@ -87,13 +87,13 @@ import torch
 import torch.nn.functional as F
 import tyro
 from matplotlib import colormaps
-from matplotlib.colors import Colormap, ListedColormap
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from scipy import ndimage
 from sklearn.model_selection import train_test_split
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader
+from torchvision.transforms import Compose, ConvertImageDtype, PILToTensor
 from tqdm import tqdm
 from tyro.conf import Positional
 
@@ -129,18 +129,8 @@ def autocast(x: Tensor, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast("cuda", dtype, enabled=x.is_cuda and able)
 
 
-@dataclass
-class PictureRow:
-    """A row of heatmaps.png: pictures by sample, whose values low..high are drawn in `colours`."""
-
-    name: str
-    pictures: Tensor | np.ndarray | dict  # (N, h, w), or {index: image}
-    low: float
-    high: float
-    colours: str | Colormap
-
-
 MOST_CLASSES = 12  # that a picture shows
+QUANTILE = 0.99  # share of normal images that the threshold shall let pass [ours] D1
 # ==== end shared
 
 
@@ -190,8 +180,6 @@ class Config:
     constraint: bool = True
     # share of the training images that is kept back for the threshold; 0: none [ours] D1
     holdout: float = 0.1
-    quantile: float = 0.99  # share of normal images that the threshold shall let pass [ours] D1
-    threshold: float | None = None  # for predict: use this one instead of the checkpoint's
     # compute the teacher's features of the training images once, into an unnamed file in --out;
     # --no-cache computes them anew in every step [ours] D2
     cache: bool = True
@@ -204,21 +192,17 @@ class Config:
     def __post_init__(self) -> None:
         """Raises UserError for values that would otherwise fail late, or not at all."""
         if not 0 <= self.seed < 2**32:
-            raise UserError(f"--seed {self.seed}: give a whole number from 0 to {2**32 - 1}")
+            raise UserError("--seed: give a whole number from 0 to 4294967295")
         if self.batch_size < 1:
-            raise UserError(f"--batch-size {self.batch_size}: give at least 1")
+            raise UserError("--batch-size: give at least 1")
         if self.epochs < 1:
-            raise UserError(f"--epochs {self.epochs}: give at least 1")
+            raise UserError("--epochs: give at least 1")
         if not 1 <= self.top_k <= self.experts:
-            raise UserError(f"--top-k {self.top_k}: give 1 to {self.experts}, the --experts")
+            raise UserError("--top-k: give 1 to --experts")
         if not self.tau > 0:
-            raise UserError(f"--tau {self.tau}: give a temperature above 0")
+            raise UserError("--tau: give a temperature above 0")
         if not 0 <= self.holdout < 1:
-            raise UserError(f"--holdout {self.holdout}: give a share from 0 to below 1")
-        if not 0 < self.quantile <= 1:
-            raise UserError(f"--quantile {self.quantile}: give a share above 0, at most 1")
-        if self.threshold is not None and not self.threshold > 0:
-            raise UserError(f"--threshold {self.threshold}: give a score above 0")
+            raise UserError("--holdout: give a share from 0 to below 1")
 
 
 # On the demo set two CPU cores are enough. [ours] D3
@@ -255,14 +239,13 @@ class Teacher(nn.Module):
         self.grid = self.size // patch
         self.width = visual.class_embedding.shape[0]
         if self.size % patch:
-            raise UserError(f"--image-size {self.size}: {cfg.teacher} takes multiples of {patch}")
+            raise UserError(f"--image-size: {cfg.teacher} takes multiples of {patch}")
 
         depth = len(visual.transformer.resblocks)
         self.taps = list(cfg.taps) or [round(depth * third / 3) for third in (1, 2, 3)]
         rising = self.taps == sorted(set(self.taps))
         if not rising or self.taps[0] < 1 or self.taps[-1] > depth:
-            given = " ".join(map(str, self.taps))
-            raise UserError(f"--taps {given}: give rising numbers of blocks, 1 to {depth}")
+            raise UserError(f"--taps: give rising numbers of blocks, 1 to {depth}")
 
         if self.random:
             self.register_buffer("mean", torch.zeros(len(self.taps), 1, self.width))
@@ -577,8 +560,9 @@ class NormalMargins(nn.Module):
 class CNC(nn.Module):
     """Reverse distillation with a cross-modal normality constraint.
 
-    CADA and the shared code need this much of a detector: `preprocess` for images; `teacher` for
-    frozen features of them; called on these, it gives the loss, and `describe` turns them into
+    CADA and the shared code need this much of a detector: `preprocess` makes of an image a tensor
+    of bytes, and `standardise` of these, on the device, what `teacher` wants; `teacher` gives
+    frozen features; called on these, the detector gives the loss, and `describe` turns them into
     pooled features and a raw anomaly map.
     """
 
@@ -591,9 +575,11 @@ class CNC(nn.Module):
         clip = self.teacher.clip
         taps = len(self.teacher.taps)
         stored = getattr(clip.visual, "preprocess_cfg", {})  # what the weights were trained with
-        self.preprocess = open_clip.image_transform(  # not square? squashed [ours] D19
+        resize, _, _, normalise_colours = open_clip.image_transform(  # squashed [ours] D19
             self.teacher.size, is_train=False, mean=stored.get("mean"), std=stored.get("std"),
-            interpolation=stored.get("interpolation"), resize_mode="squash")
+            interpolation=stored.get("interpolation"), resize_mode="squash").transforms
+        self.preprocess = Compose([resize, PILToTensor()])
+        self.standardise = Compose([ConvertImageDtype(torch.float32), normalise_colours])
         self.prompts = PromptLearner(clip, self.teacher.tokenizer, taps)
         self.margins = NormalMargins(taps)
         experts = cfg.experts if cfg.moe else 0
@@ -702,21 +688,13 @@ class CNC(nn.Module):
             pooled += [mean, std]
         return torch.cat(pooled, dim=1), maps
 
-    def explain(self, features: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """What the figures show: the anomaly map; what the text alone says, 1 - psi, (B, S, S) in
-        0..1; and at each patch the number, from 1, of the expert with the largest weight (B, h, w).
-        """
+    def explain(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """What the report shows: what the text alone says of each patch, 1 - psi in 0..1, (B, N);
+        and the anomaly map, smoothed (B, S, S)."""
         _, maps = self.describe(features)
-        encoded = [f.float() for f in features]
-        psi = self.psi(self.patches(encoded), self.text()).mean(0)  # (B, N)
-        first = torch.ones_like(psi)
-        if self.cfg.moe:
-            with autocast(features[0], torch.bfloat16):
-                fused = self.student.fuse(torch.cat(encoded, dim=-1))
-            _, chosen, _ = self.student.moe.route(fused[:, 1:].flatten(0, 1))
-            first = chosen[:, 0].view(psi.shape) + 1  # topk puts the largest weight first
-        grid = (self.teacher.grid, self.teacher.grid)
-        return maps, self.upsample(1 - psi, "nearest"), first.unflatten(1, grid)
+        e = self.patches([f.float() for f in features])
+        psi = self.psi(e, self.text())  # (taps, B, N)
+        return 1 - psi.mean(0), smooth(maps)
 
     def upsample(self, values: Tensor, mode: str) -> Tensor:
         """One value a patch (B, N) -> one a pixel (B, S, S)."""
@@ -736,7 +714,7 @@ def smooth(maps: Tensor) -> Tensor:
     """
     sigma = maps.shape[-1] / 64  # 256 / 64 = 4
     # A sigma of 0 along the first dimension keeps images apart.
-    blurred = ndimage.gaussian_filter(maps.numpy(), (0, sigma, sigma), mode="nearest")
+    blurred = ndimage.gaussian_filter(maps.cpu().numpy(), (0, sigma, sigma), mode="nearest")
     return torch.from_numpy(blurred)
 
 
@@ -749,14 +727,20 @@ def image_score(maps: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def run_on_images(detector: nn.Module, samples: list[Sample], method: Callable) -> list[Tensor]:
-    """Apply a method of the detector to the teacher's features of all images. Returns its results,
-    tensors (N, ...) on the CPU."""
+def run_on_images(detector: nn.Module, samples: list[Sample], function: Callable) -> list[Tensor]:
+    """Apply a function to the teacher's features of all images, batch by batch. Returns its
+    results, tensors (N, ...) on the CPU. Raises UserError for an image of which the last result, a
+    map or what is taken from it, is not finite: no comparison with it would mean anything."""
     detector.eval()  # BatchNorm by its running statistics: a score must not depend on its batch
     batches = []  # joined once at the end: a tensor that grows would be copied at each batch
     for x in image_batches(detector, samples):
-        batches.append([t.cpu() for t in method(detector.teacher(x))])
-    return [torch.cat(parts) for parts in zip(*batches)]
+        batches.append([t.cpu() for t in function(detector.teacher(x))])
+    results = [torch.cat(parts) for parts in zip(*batches)]
+    for sample, values in zip(samples, results[-1]):
+        if not values.isfinite().all():
+            raise UserError(f"{sample.path}: its anomaly map is not finite; look at the image, or "
+                            "train again with a lower --lr")
+    return results
 # ==== end shared
 
 
@@ -799,7 +783,7 @@ def train_detector(detector: CNC, samples: list[Sample], checkpoint: dict | None
         print(f"trained already: {step} steps", file=sys.stderr)
         return checkpoint
     if cfg.batch_size % WORLD_SIZE:
-        raise UserError(f"--batch-size {cfg.batch_size}: give a multiple of {WORLD_SIZE} processes")
+        raise UserError(f"--batch-size: give a multiple of the {WORLD_SIZE} processes")
     # A random teacher sees all images in every process, or each would have another teacher.
     if detector.teacher.random and step == 0:
         detector.teacher.estimate_statistics(image_batches(detector, samples))
@@ -842,7 +826,7 @@ def train_detector(detector: CNC, samples: list[Sample], checkpoint: dict | None
             value = loss.item()
             bar.set_postfix(loss=f"{value:.4f}")
             if not math.isfinite(value):
-                raise UserError(f"the loss is {value} at step {step}; lower --lr {cfg.lr}")
+                raise UserError(f"the loss is {value}; give a lower --lr")
         if due and RANK == 0:
             checkpoint = {"step": step, "optimizer": optimizer.state_dict()}
             save_checkpoint(detector, checkpoint)
@@ -853,21 +837,13 @@ def train_detector(detector: CNC, samples: list[Sample], checkpoint: dict | None
 
 
 # ---- evaluation ----------------------------------------------------------------------------------
-# Besides CNC's map the report shows what the text alone would say, and which expert a patch went
-# to.
+# Besides CNC's map the report shows what the text alone would say.
 
-# Okabe and Ito's colours, one an expert; the fifth for all after it, too.
-EXPERT_COLOURS = ListedColormap(["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9"])
-
-
-def explain_all(detector: CNC, samples: list[Sample]) -> tuple[dict, list]:
-    """Anomaly maps of images (N, S, S) in two variants: "text", what the text alone says; "cnc",
-    smoothed; and two more rows for heatmaps.png."""
-    maps, text, first_expert = run_on_images(detector, samples, detector.explain)
-    layers = [PictureRow("text, 1 - psi", text, 0, 1, "cividis")]
-    if detector.cfg.moe:
-        layers.append(PictureRow("expert", first_expert, 0.5, 5.5, EXPERT_COLOURS))
-    return {"text": text, "cnc": smooth(maps)}, layers
+def explain_all(detector: CNC, samples: list[Sample]) -> dict:
+    """Two variants of anomaly maps of images, each a function that returns them (N, S, S): "text",
+    what the text alone says; "cnc", smoothed."""
+    text, maps = run_on_images(detector, samples, detector.explain)
+    return {"text": lambda: detector.upsample(text, "nearest"), "cnc": lambda: maps}
 
 
 # ==== shared: fitting a detector
@@ -878,13 +854,19 @@ def hold_out(cfg: Config, samples: list[Sample]) -> tuple[list, list]:
     """Normal images to train on, and those kept back at random for the threshold, because the
     decoder knows the former too well. With --holdout 0 all images are trained on, and the
     threshold, taken from the same, comes out too low. [ours] D1"""
-    if cfg.holdout == 0:
-        return samples, samples
-    kept, held = train_test_split(samples, test_size=cfg.holdout, random_state=cfg.seed)
+    kept, held = samples, samples
+    if cfg.holdout > 0:
+        kept, held = train_test_split(samples, test_size=cfg.holdout, random_state=cfg.seed)
+    lost = {s.cls for s in samples} - {s.cls for s in kept}
+    if lost:
+        print("--holdout keeps back all training images of", *sorted(lost), file=sys.stderr)
+    if len(held) < 99:
+        print("threshold: the highest score of", len(held), "normal images, since a 0.99 quantile "
+              "takes 99", file=sys.stderr)
     return kept, held
 
 
-def conformal_threshold(scores: Tensor, quantile: float) -> float:
+def conformal_threshold(scores: Tensor, quantile: float = QUANTILE) -> float:
     """The ceil((n + 1) quantile)-th smallest of the scores of n normal images, or the largest.
 
     A new normal image like these lies above it with a probability of at most 1 - quantile, if n is
@@ -911,10 +893,10 @@ def teacher_features(detector: nn.Module, samples: list[Sample],
     """Yield the teacher's features of each batch, a list of indices of samples. They are computed
     once [ours] D2, or with --no-cache anew for every batch.
 
-    Training uses no augmentation, so every epoch would compute the same again. They stay in one
-    float16 array (N, values per image) in an unnamed file in --out. The system keeps as much of it
-    in memory as fits. The file disappears with the process, even a killed one: it is never stale.
-    Raises UserError if the disk is too small.
+    Training uses no augmentation, so every epoch would compute the same again. A float16 array
+    (N, ...) for each layer stays in an unnamed file in --out. The system keeps as much of it in
+    memory as fits. The file disappears with the process, even a killed one: it is never stale.
+    Raises UserError if the disk is full.
     """
     teacher = detector.teacher
     if not detector.cfg.cache:
@@ -922,59 +904,68 @@ def teacher_features(detector: nn.Module, samples: list[Sample],
             yield teacher(x)
         return
 
-    # One image tells the shapes, and with them whether the disk has room for all.
-    first = teacher(next(image_batches(detector, samples, [[0]])))
-    shapes = [f.shape[1:] for f in first]
-    sizes = [f.numel() for f in first]
-    folder = detector.cfg.out
-    needed = 2 * sum(sizes) * len(samples)  # two bytes a value
-    if shutil.disk_usage(folder).free < needed:
-        raise UserError(f"{folder} lacks the {needed / 2**30:.1f} GiB of a cache; use --no-cache")
-
-    # Write a row an image, its features one after the other; then map the file into memory. (A
-    # full disk would end a mapped file by a signal, and says so when it is written to.)
-    file = tempfile.TemporaryFile(dir=folder)
+    # Write the files, then map them into memory. (A full disk would end a mapped file by a signal,
+    # and says so when it is written to.)
+    one = teacher(next(image_batches(detector, samples, [[0]])))
+    files = [tempfile.TemporaryFile(dir=detector.cfg.out) for _ in one]
     for x in image_batches(detector, samples):
-        rows = torch.cat([f.flatten(1) for f in teacher(x)], dim=1)
-        rows.cpu().numpy().tofile(file)
-    array = np.memmap(file, np.float16, "r", shape=(len(samples), sum(sizes)))
-
-    # Read the rows of a batch and undo the flattening.
-    device = first[0].device
-    on_gpu = device.type == "cuda"
+        for file, f in zip(files, teacher(x)):
+            try:
+                f.cpu().numpy().tofile(file)
+            except OSError as e:
+                raise UserError(f"no room in --out for the cache: {e}; make some, or --no-cache")
+    arrays = []
+    for file, f in zip(files, one):
+        shape = (len(samples), *f.shape[1:])
+        arrays.append(np.memmap(file, np.float16, "r", shape=shape))
     for indices in batches:
-        values = torch.from_numpy(array[indices])  # (B, values per image)
-        if on_gpu:
-            values = values.pin_memory()  # so that Python need not wait for the copy
-        parts = values.to(device, non_blocking=on_gpu).split(sizes, dim=1)
-        yield [part.unflatten(1, shape) for part, shape in zip(parts, shapes)]
+        yield [torch.from_numpy(array[indices]).to(f.device) for array in arrays]
 
 
 def save_checkpoint(detector: nn.Module, checkpoint: dict) -> None:
     """Add settings and weights to a checkpoint and write it to checkpoint.pt, whole or not at all:
-    a kill leaves no half. It holds plain values and tensors:
+    neither a kill nor a full disk leaves a half. It holds plain values and tensors:
 
-    config, a dict of Config; weights, by part of the detector, without a trained teacher; step and
-    optimizer, to go on from; thresholds, by variant; and of cada.py cada, regress and oracle.
+    config, a dict of Config; weights, by part of the detector, of a trained teacher their hash
+    alone; step and optimizer, to go on from; thresholds, by variant; and of cada.py cada, regress
+    and oracle. Raises UserError if it cannot be written.
     """
     checkpoint["config"] = asdict(detector.cfg)
-    checkpoint["weights"] = {}
-    for name, part in detector.named_children():
-        if name != "teacher" or part.random:
-            checkpoint["weights"][name] = part.state_dict()
+    weights = {name: part.state_dict() for name, part in detector.named_children()}
+    if not detector.teacher.random:
+        weights["teacher"] = weights_hash(detector.teacher)
+    checkpoint["weights"] = weights
     path = Path(detector.cfg.out, "checkpoint.pt")
-    torch.save(checkpoint, f"{path}.partial")
-    os.replace(f"{path}.partial", path)  # in one go, by the system
+    unfinished = path.with_suffix(".partial")
+    try:
+        torch.save(checkpoint, unfinished)
+    except RuntimeError as e:  # torch's, on a full disk
+        unfinished.unlink()
+        raise UserError(f"no room in --out for the checkpoint: {e}")
+    os.replace(unfinished, path)  # in one go, by the system
+
+
+def weights_hash(module: nn.Module) -> str:
+    """It tells whether a file or a download still holds the weights that it held in training."""
+    sha = hashlib.sha256()
+    for tensor in module.state_dict().values():
+        sha.update(tensor.cpu().contiguous().numpy())
+    return sha.hexdigest()
 
 
 def load_weights(detector: nn.Module, checkpoint: dict) -> None:
-    """Put the weights of a checkpoint into the detector. Raises UserError if they do not fit it."""
-    for name, weights in checkpoint["weights"].items():  # teacher, student, ...
+    """Put the weights of a checkpoint into the detector. Raises UserError if they do not fit it,
+    some are missing or left over, or if its trained teacher is another one."""
+    for name, part in detector.named_children():  # teacher, student, ...
         try:
-            detector.get_submodule(name).load_state_dict(weights)
-        except RuntimeError:
-            raise UserError(f"the checkpoint's {name} does not fit; drop the flags that change its "
-                            "shape")
+            weights = checkpoint["weights"][name]
+            if name != "teacher" or part.random:
+                part.load_state_dict(weights)
+            elif weights != weights_hash(part):
+                raise ValueError
+        except (KeyError, RuntimeError, TypeError, ValueError):
+            raise UserError(f"the checkpoint's {name} does not fit; drop the flags that change it, "
+                            "and give the --weights that it was trained with")
 # ==== end shared
 
 
@@ -983,84 +974,131 @@ def load_weights(detector: nn.Module, checkpoint: dict) -> None:
 # and VisA's own archive. Labels come from folders or from VisA's list, never from masks.
 
 SUFFIXES = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+GOOD = ("good", "ok", "normal")  # folders of normal images, in upper or lower case
 
 
-def images_in(folder: Path, pattern: str = "*") -> list[Path]:
-    """Image files in name order, without hidden ones (macOS leaves some)."""
-    found = [p for p in folder.glob(pattern) if p.suffix.lower() in SUFFIXES]
-    return sorted(p for p in found if not p.name.startswith("."))
+def paths_in(folder: Path, pattern: str) -> list[Path]:
+    """Files and folders in name order, without hidden ones; links are followed."""
+    return sorted(folder / name for name in glob(pattern, root_dir=folder, recursive=True))
 
 
-def read_dataset(root: Path) -> tuple[list, list]:
-    """(train, test) samples of a data set. Every file is decoded once: a broken one must stop the
-    run before the training and not after. Raises UserError that says what is wrong."""
+def images_in(folder: Path, pattern: str) -> list[Path]:
+    """The image files among them."""
+    return [p for p in paths_in(folder, pattern) if p.suffix.lower() in SUFFIXES]
+
+
+def read_dataset(root: Path, training: bool = True) -> tuple[list, list]:
+    """(train, test) samples of a data set; what was found is printed. Without training there need
+    be no training images, and nobody looks at them.
+
+    Every file is decoded once: a broken one must stop the run before the training and not after.
+    Raises UserError that says what is wrong.
+    """
     if not root.is_dir():
         raise UserError(f"--data {root}: no such folder")
     if (root / "split_csv/1cls.csv").is_file():
         train, test = read_visa(root)
     else:
-        train, test = read_mvtec(root)
-    if len(train) < 10:  # CADA needs some, and a mistake in the path is more likely
+        train, test = read_mvtec(root, training)
+    if training and len(train) < 10:  # CADA needs some, and a mistake in the path is more likely
         raise UserError(f"--data {root}: {len(train)} training images, which is too few; put 10 or "
                         "more normal images into <class>/train/good")
+    samples = train + test if training else test
     with ThreadPoolExecutor() as pool:  # threads suffice: Pillow decodes without Python's lock
-        checks = pool.map(check_files, train + test)
-        for _ in tqdm(checks, "checking images", len(train + test), leave=False, disable=None):
-            pass
+        checks = pool.map(check_files, samples)
+        shares = list(tqdm(checks, "checking images", len(samples), leave=False, disable=None))
+
+    # Masks that belong to no image, or mark nothing, would cost the metrics of pixels unseen.
+    truths = paths_in(root, "**/ground_truth")
+    if truths and not sum(shares):
+        raise UserError(f"{truths[0]}: no mask marks anything on a test image; arrange masks as in "
+                        "data/README.md, or remove all ground_truth")
+
+    # Most of what can go wrong with a data set shows in this line.
+    masks = [s.mask for s in test if s.mask]
+    used = {s.path for s in train + test} | set(masks)
+    others = [p for p in paths_in(root, "**") if p.is_file() and not used & {p, p.parent}]
+    defective = sum(s.label for s in test)
+    print(len({s.cls for s in samples}), "classes:", len(train), "training,",
+          len(test) - defective, "good and", defective, "defective test images;", len(masks),
+          f"masks, of {sum(shares) / max(1, len(masks)):.1%} of their pixels;", len(others),
+          "other files", *others[len(others) // 2:][:1], file=sys.stderr)
     return train, test
 
 
-def check_files(sample: Sample) -> None:
-    """Raises UserError if image or mask cannot be read, or the two differ in size."""
-    width, height = load_image(sample.path).size
-    if sample.mask and load_mask(sample.mask).size != (width, height):
-        raise UserError(f"mask {sample.mask} is not as large as its image, {width} x {height}")
+def check_files(sample: Sample) -> float:
+    """The share of pixels that the sample's mask marks, or 0. Raises UserError if image or mask
+    cannot be read, or if the mask does not lie on the image."""
+    image = load_image(sample.path)
+    if not sample.mask:
+        return 0.0
+    mask = load_mask(sample.mask)
+    with Image.open(sample.path) as file:
+        turned = file.getexif().get(ExifTags.Base.Orientation, 1) > 1
+    if turned or mask.size != image.size:
+        raise UserError(f"mask {sample.mask}: its image has another size, or an EXIF orientation "
+                        "that turns it; save both upright and equally large")
+    return float(np.mean(mask))
 
 
-def read_mvtec(root: Path) -> tuple[list, list]:
+def read_mvtec(root: Path, training: bool) -> tuple[list, list]:
     """Read an MVTec-style tree, <class>/{train/good,test/<kind>,ground_truth/<kind>}/*, or the
     folder of a single class.
 
-    The mask of 000.png is `000_mask` or `000`, with any suffix: names decide, never sort order. A
-    set may have no masks at all, but if it has some, each defective image needs one. Raises
-    UserError where it is missing.
+    The mask of 000.png is `000_mask` or `000`, with any suffix, or all images in a folder `000`
+    (MVTec LOCO): names decide, never sort order. A set may have no masks at all, but if it has
+    some, each defective image needs one. Raises UserError where it is missing.
     """
-    folders = sorted(p.parent for p in root.glob("*/train"))
-    if (root / "train").is_dir():
-        folders = [root]
-    has_masks = any(images_in(folder, "ground_truth/*/*") for folder in folders)
+    parts = paths_in(root, "train") + paths_in(root, "test")
+    parts = parts or paths_in(root, "*/train") + paths_in(root, "*/test")
+    folders = sorted({part.parent for part in parts})
+    has_masks = any(images_in(folder, "ground_truth/**") for folder in folders)
     train, test = [], []
     for folder in folders:
         cls = folder.name.encode(errors="replace").decode()  # printable, whatever the system wrote
-        normal = images_in(folder / "train/good")
-        if not normal:
+        normal = [p for p in images_in(folder, "train/*/*") if p.parent.name.lower() in GOOD]
+        if training and not normal:
             raise UserError(f"no training images in {folder / 'train/good'}; put normal ones there")
         train += [Sample(path, cls) for path in normal]
 
-        for kind in sorted(p.name for p in folder.glob("test/*")):  # of defects, and "good"
-            label = int(kind != "good")
-            masks = {}
-            for path in images_in(folder / "ground_truth" / kind):
-                masks[path.stem.removesuffix("_mask")] = path
-            for path in images_in(folder / "test" / kind):
-                mask = masks.get(path.stem)
-                if label and has_masks and not mask:
-                    raise UserError(f"no mask in {folder / 'ground_truth' / kind} for {path.name}; "
-                                    "add it, or remove all ground_truth")
-                test.append(Sample(path, cls, label, mask))
+        masks = images_in(folder, "ground_truth/*/*")
+        masks += sorted({p.parent for p in images_in(folder, "ground_truth/*/*/*")})
+        masks = by_name(masks)
+        for name, path in by_name(images_in(folder, "test/*/*")).items():
+            label = int(path.parent.name.lower() not in GOOD)
+            if label and has_masks and name not in masks:
+                raise UserError(f"no mask in {folder / 'ground_truth' / name[0]} for {path.name}; "
+                                "add it, or remove all ground_truth")
+            mask = masks.get(name) if label else None
+            test.append(Sample(path, cls, label, mask))
     return train, test
+
+
+def by_name(paths: list[Path]) -> dict:
+    """{("crack", "000"): path} of crack/000.png or crack/000_mask.png. Raises UserError if there
+    are both: then nobody knows which belong together."""
+    found = {}
+    for path in paths:
+        name = (path.parent.name, path.stem.removesuffix("_mask"))
+        if name in found:
+            raise UserError(f"{path} shares its name with {found[name]}; rename one, and keep "
+                            "masks in ground_truth, one an image")
+        found[name] = path
+    return found
 
 
 def read_visa(root: Path) -> tuple[list, list]:
     """Read the raw VisA archive by its own split file, with columns object, split, label, image and
     mask."""
-    splits = {"train": [], "test": []}
-    with open(root / "split_csv/1cls.csv", newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            label = int(row["label"] != "normal")
-            mask = root / row["mask"] if label else None
-            splits[row["split"]].append(Sample(root / row["image"], row["object"], label, mask))
-    return splits["train"], splits["test"]
+    samples = {"train": [], "test": []}
+    # A spreadsheet may have saved it, with a mark at its start and with semicolons.
+    text = (root / "split_csv/1cls.csv").read_text(encoding="utf-8-sig")
+    delimiter = ";" if ";" in text else ","
+    for row in csv.DictReader(text.splitlines(), delimiter=delimiter):
+        label = int(row["label"] != "normal")
+        mask = root / row["mask"] if label else None
+        samples[row["split"]].append(Sample(root / row["image"], row["object"], label, mask))
+    return samples["train"], samples["test"]
 
 
 def open_image(path: Path) -> Image.Image:
@@ -1073,20 +1111,31 @@ def open_image(path: Path) -> Image.Image:
 
 
 def load_image(path: Path) -> Image.Image:
-    """Any image file as 8-bit RGB. Raises UserError if it cannot be read."""
+    """Any image file as 8-bit RGB. Raises UserError if it cannot be read, or does not tell what is
+    white. Of 16-bit grey values the largest possible one is, and of floats 1."""
     image = open_image(path)
-    if image.mode.startswith("I"):  # 16-bit grey, which convert() alone would clip to white
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode == "F" or image.mode.startswith("I"):  # convert() would clip them
+        values = np.asarray(image) / (1 if image.mode == "F" else 65535)
+        if values.min() < 0 or not 1 / 16 <= values.max() <= 1:  # 12 bits in 16 make 1 / 16
+            raise UserError(f"{path}: what value is white? Convert it to 8 bits, or to all of 16")
+        image = Image.fromarray((255 * values).round().astype(np.uint8))
     return image.convert("RGB")
 
 
 def load_mask(path: Path) -> Image.Image:
-    """A mask as a black and white image: what is not 0 is defective. MVTec AD's masks hold 255
-    there and VisA's numbers from 1 to 9; some people's are coloured. [ours] D20"""
-    image = open_image(path)
-    if len(image.getbands()) > 1:
-        image = image.convert("L")
-    return Image.fromarray(np.asarray(image) != 0)
+    """A mask, or all masks of a folder in one, as a black and white image. Raises UserError if one
+    cannot be read.
+
+    Defective is what is not 0, since VisA's masks hold numbers from 1 to 9; but where there are
+    values above 127, as in MVTec AD's, these alone, since blur and JPEG leave a hem of small ones.
+    A colour counts by its brightest channel, and what is transparent is black. [ours] D20
+    """
+    masks = []
+    for file in images_in(path, "*") or [path]:
+        rgba = np.asarray(open_image(file).convert("RGBA"))  # (height, width, 4)
+        values = rgba[..., :3].max(2) * (rgba[..., 3] / np.float32(255))
+        masks.append(values > (127 if values.max() > 127 else 0))
+    return Image.fromarray(np.logical_or.reduce(masks))
 
 
 def load_masks(samples: list[Sample], size: int) -> np.ndarray | None:
@@ -1104,8 +1153,8 @@ def load_masks(samples: list[Sample], size: int) -> np.ndarray | None:
 
 
 def load_batch(preprocess: Callable, samples: list[Sample]) -> Tensor:
-    """Images -> (B, 3, S, S)."""
-    return torch.stack([preprocess(load_image(s.path)) for s in samples])
+    """Images -> uint8 (B, 3, S, S)."""
+    return torch.stack([preprocess(load_image(s.path)) for s in samples]).contiguous()
 
 
 def image_batches(detector: nn.Module, samples: list[Sample],
@@ -1121,11 +1170,13 @@ def image_batches(detector: nn.Module, samples: list[Sample],
     workers = min(cfg.workers, os.cpu_count() or 1)
     if len(batches) == 1:  # to start a process would take longer
         workers = 0
+    # Workers send bytes through shared memory. Where it is full, as it soon is in a container, they
+    # would wait for ever, hence the timeout, in seconds.
     loader = DataLoader(
         samples, batch_sampler=batches, collate_fn=partial(load_batch, detector.preprocess),
-        num_workers=workers, pin_memory=device.type == "cuda")
+        num_workers=workers, pin_memory=device.type == "cuda", timeout=300 if workers else 0)
     for x in tqdm(loader, "images", leave=False, disable=bar_off):
-        yield x.to(device, non_blocking=loader.pin_memory)
+        yield detector.standardise(x.to(device, non_blocking=loader.pin_memory))
 # ==== end shared
 
 
@@ -1219,34 +1270,38 @@ def summarise(scores: np.ndarray, labels: np.ndarray, classes: np.ndarray, maps:
 # Each thing that is printed or written has a function. The table comes first: no picture that fails
 # may cost the numbers.
 
-def report(cfg: Config, samples: list[Sample], maps: dict, thresholds: dict, decides: str,
-           layers: list[PictureRow]) -> tuple[dict, dict]:
-    """Print and write how well maps {variant: (N, S, S)} tell good from defective samples. Returns
+def report(cfg: Config, samples: list[Sample], variants: dict, thresholds: dict, decides: str,
+           scales: dict) -> tuple[dict, dict]:
+    """Print and write how well the maps of some variants tell good from defective samples. Returns
     image scores (N,) and metrics, both by variant.
 
-    thresholds: by variant, of which `decides` is the one that flags images; layers: more rows for
-    heatmaps.png. No number here was chosen by a test label, except for the maxima of F1, which say
-    what the best threshold would have been.
+    variants: by name a function that returns smoothed maps (N, S, S), of which one at a time is in
+    memory; thresholds: by variant, of which `decides` is the one that flags images; scales: the
+    values that are white in heatmaps.png, of the variants that it shows. No number here was chosen
+    by a test label, except for the maxima of F1, which say what the best threshold would have been.
     """
     labels = np.array([s.label for s in samples])
     classes = np.array([s.cls for s in samples])
-    masks = load_masks(samples, maps[decides].shape[-1])
     scores = {}
     results = {}
-    for variant, m in maps.items():
-        scores[variant] = image_score(m).numpy()
-        results[variant] = summarise(scores[variant], labels, classes, m.numpy(), masks)
-    flagged = scores[decides] > thresholds[decides]
+    for variant, compute_maps in variants.items():
+        maps = compute_maps()
+        if not scores:  # only now is the size known
+            masks = load_masks(samples, maps.shape[-1])
+        scores[variant] = image_score(maps).numpy()
+        results[variant] = summarise(scores[variant], labels, classes, maps.numpy(), masks)
 
     print_table(results)
+    flagged = scores[decides] > thresholds[decides]
     good = flagged[labels == 0]  # these should be False
     bad = flagged[labels == 1]  # and these True
     print(f"threshold {thresholds[decides]:.4f}: flags {good.sum()} of {len(good)} good and "
           f"{bad.sum()} of {len(bad)} defective test images; more in {cfg.out}")
     write_scores(Path(cfg.out, "scores.csv"), samples, scores, flagged)
-    write_metrics(Path(cfg.out, "metrics.json"), cfg, thresholds, results)
-    rows = [PictureRow(f"{v} map", maps[v], 0, 2 * t, "inferno") for v, t in thresholds.items()]
-    plot_heatmaps(Path(cfg.out, "heatmaps.png"), samples, masks, rows + layers)
+    # Everything needed to quote a number: settings, thresholds, metrics in 0..1.
+    content = {"config": asdict(cfg), "thresholds": thresholds, "results": results}
+    Path(cfg.out, "metrics.json").write_text(json.dumps(content, indent=2))
+    plot_heatmaps(Path(cfg.out, "heatmaps.png"), samples, masks, variants, scales)
     return scores, results
 
 
@@ -1258,8 +1313,9 @@ def print_table(results: dict) -> None:
     print(" " * (width + 9) + "".join(f"{name:>9}" for name in names))
     for part in parts:
         for variant in results:
-            values = [100 * results[variant][part].get(name, math.nan) for name in names]
-            print(f"{part:<{width}}  {variant:<7}" + "".join(f"{v:>9.1f}" for v in values))
+            found = results[variant][part]
+            values = [f"{100 * found.get(name, math.nan):9.1f}" for name in names]
+            print(f"{part:<{width}}  {variant:<7}", *values, sep="")
 
 
 def write_scores(path: Path, samples: list[Sample], scores: dict, flagged: np.ndarray) -> None:
@@ -1272,73 +1328,68 @@ def write_scores(path: Path, samples: list[Sample], scores: dict, flagged: np.nd
             writer.writerow([s.path, s.cls, s.label, *values, flagged[i]])
 
 
-def write_metrics(path: Path, cfg: Config, thresholds: dict, results: dict) -> None:
-    """Everything needed to quote a number: settings, thresholds, metrics in 0..1."""
-    content = {"config": asdict(cfg), "thresholds": thresholds, "results": results}
-    path.write_text(json.dumps(content, indent=2) + "\n")
+def plot_heatmaps(path: Path, samples: list[Sample], masks: np.ndarray | None, variants: dict,
+                  scales: dict) -> None:
+    """A column an image: of each class, at most 12, the middle good and the middle defective one,
+    which nobody picked. Below it the ground truth, and its maps in the variants that have a scale.
 
-
-def plot_heatmaps(path: Path, samples: list[Sample], masks: np.ndarray | None,
-                  layers: list[PictureRow]) -> None:
-    """A column a class, at most 12: its middle good and its middle defective image (nobody picked
-    them), each above its layers.
-
-    Every row of maps has one fixed scale, the bar at its right: to scale each image by itself would
-    paint good images red.
+    All maps in a row have the same fixed scale, from 0, black, on: to scale each image by itself
+    would paint good images in the colours of defects.
     """
-    classes = sorted({s.cls for s in samples})[:MOST_CLASSES]
-    middle = {}  # (class, label) -> index of the sample that is shown
-    images = {}
-    for cls, label in product(classes, (0, 1)):
-        found = [i for i, s in enumerate(samples) if (s.cls, s.label) == (cls, label)]
-        if found:
-            i = found[len(found) // 2]
-            middle[cls, label] = i
-            images[i] = load_image(samples[i].path).resize((160, 160))
+    groups = {}
+    for i, s in enumerate(samples):
+        groups.setdefault((s.cls, s.label), []).append(i)
+    columns = [groups[key][len(groups[key]) // 2] for key in sorted(groups)[:2 * MOST_CLASSES]]
+    images = {i: load_image(samples[i].path).resize((160, 160)) for i in columns}
 
-    rows = []  # (layer, label of the images that it is shown of)
-    for label, kind in ((0, "good"), (1, "defective")):
-        if any((cls, label) in middle for cls in classes):
-            rows.append((PictureRow(f"{kind} image", images, 0, 255, "gray"), label))
-            if label and masks is not None:
-                rows.append((PictureRow("ground truth", masks, 0, 1, "gray"), label))
-            rows += [(layer, label) for layer in layers]
+    rows = [("image", images, None)]  # name, pictures by index, scale
+    if masks is not None:
+        rows.append(("ground truth", masks, 1))
+    for variant, scale in scales.items():
+        maps = variants[variant]()
+        rows.append((f"{variant} map\n0 to {scale:.3g}", {i: maps[i] for i in columns}, scale))
 
-    size = (1.3 * len(classes) + 2, 1.3 * len(rows) + 0.3)  # inches
+    size = (1.1 * len(columns) + 2, 1.1 * len(rows) + 0.5)  # inches
     figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(len(rows), len(classes), squeeze=False)
-    for axes, (layer, label) in zip(grid, rows):
-        for ax, cls in zip(axes, classes):
+    grid = figure.subplots(len(rows), len(columns), squeeze=False)
+    for axes, (name, pictures, scale) in zip(grid, rows):
+        for ax, i in zip(axes, columns):
             ax.set(xticks=[], yticks=[], frame_on=False)
-            if (cls, label) in middle:
-                picture = np.asarray(layer.pictures[middle[cls, label]])
-                drawn = ax.imshow(picture, cmap=layer.colours, vmin=layer.low, vmax=layer.high)
-        axes[0].set_ylabel(layer.name, rotation=0, ha="right", va="center", fontsize=12)
-        bar = figure.colorbar(drawn, ax=list(axes), aspect=10)
-        bar.ax.set_visible(layer.colours != "gray")  # images need none, but it keeps the columns
-    for ax, cls in zip(grid[0], classes):
-        ax.set_title(cls, fontsize=12, parse_math=False)
+            ax.imshow(np.asarray(pictures[i]), "inferno", vmin=0, vmax=scale)
+        axes[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=12)
+    for ax, i in zip(grid[0], columns):
+        kind = "defective" if samples[i].label else "good"
+        ax.set_title(f"{samples[i].cls}\n{kind}", fontsize=12, parse_math=False)
     figure.savefig(path, dpi=150, bbox_inches="tight", facecolor="white")
+
+
+OVERLAY = ".overlay.png"
 
 
 def write_predictions(cfg: Config, threshold: float, anomaly_maps: Callable) -> None:
     """For each image that the command line names: a line of JSON, and the image with its heat map
     on it. anomaly_maps: samples -> smoothed maps (N, S, S).
 
-    A map's value of 0 is clear and twice the threshold is the hottest, in every image. Images are
-    read one by one, so that a broken one costs no line of those before it.
+    A map's value of 0 is clear and twice the threshold is the hottest, in every image. A file that
+    cannot be scored is told of, and the others are scored all the same. Raises UserError in the end
+    if there was one.
     """
     files = []
     for path in map(Path, cfg.paths):
-        files += images_in(path, "**/*") if path.is_dir() else [path]
+        files += images_in(path, "**") if path.is_dir() else [path]
+    files = [p for p in files if not p.name.endswith(OVERLAY)]
     if not files:
         raise UserError(f"no images in {', '.join(cfg.paths)}; name an image or a folder of images")
-    if cfg.threshold is not None:
-        threshold = cfg.threshold
     folder = Path(cfg.out, "predict")
     folder.mkdir(parents=True, exist_ok=True)
+    failed = []
     for i, path in enumerate(files):
-        amap = anomaly_maps([Sample(path)])
+        try:
+            amap = anomaly_maps([Sample(path)])
+        except UserError as e:
+            print(e, file=sys.stderr)
+            failed.append(path)
+            continue
         score = image_score(amap).item()
 
         heat = (amap[0] / (2 * threshold)).clamp(0, 1).numpy()  # (S, S)
@@ -1347,10 +1398,13 @@ def write_predictions(cfg: Config, threshold: float, anomaly_maps: Callable) -> 
         image = load_image(path)
         overlay = Image.fromarray(colours).resize(image.size)
         image.paste(overlay, mask=overlay)
-        target = folder / f"{i:04}-{path.name}.png"
+        # A name may have 255 bytes, and its end keeps it from being scored in the next run.
+        target = folder / f"{i:04}-{path.stem[:50]}{OVERLAY}"
         image.save(target)
         print(json.dumps({"path": str(path), "score": score, "threshold": threshold,
                           "anomalous": score > threshold, "overlay": str(target)}))
+    if failed:
+        raise UserError(f"{len(failed)} of {len(files)} images not scored, {failed[0]} the first")
 # ==== end shared
 
 
@@ -1386,22 +1440,39 @@ def read_command_line(argv: list[str] | None, published: Config, demo: dict,
             preset = visa
         print(f"data: {root}; data/README.md tells where to get others", file=sys.stderr)
         defaults = replace(published, data=str(root), **preset)
-        return tyro.cli(config, args=argv, default=defaults), None
+        checkpoint = None
 
     # All else starts from a checkpoint, and writes into its folder, except for a training that
     # only starts from it.
-    path = Path(cfg.checkpoint or Path(cfg.out, "checkpoint.pt"))
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        defaults = config(**checkpoint["config"])
-    except Exception as e:  # no such file, no checkpoint, a malicious one, another script's, ...
-        raise UserError(f"--checkpoint {path}: {str(e)[:100]}; name one that this script (and "
-                        "--base) wrote, or train first")
-    out = str(path.parent)
-    if cfg.command == "train" and not cfg.resume:
-        out = published.out
-    defaults = replace(defaults, out=out)
-    return tyro.cli(config, args=argv, default=defaults), checkpoint
+    else:
+        path = Path(cfg.checkpoint or Path(cfg.out, "checkpoint.pt"))
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            defaults = config(**checkpoint["config"])
+        except Exception as e:  # no such file, no checkpoint, a malicious or another script's, ...
+            raise UserError(f"--checkpoint {path}: {str(e)[:100]}; name one that this script (and "
+                            "--base) wrote, or train first")
+        out = str(path.parent)
+        if cfg.command == "train" and not cfg.resume:
+            out = published.out
+        defaults = replace(defaults, out=out)
+
+    cfg = tyro.cli(config, args=argv, default=defaults)
+    # The checkpoint must find both again from any folder.
+    cfg.data = os.path.abspath(cfg.data)
+    if os.path.isfile(cfg.weights):
+        cfg.weights = os.path.abspath(cfg.weights)
+    return cfg, checkpoint
+
+
+def prepare_out(cfg: Config) -> None:
+    """Make --out. A training removes the report of an earlier one, which could be taken for its own
+    if it stops half-way or has no test images. The old checkpoint stays until there is a new one.
+    """
+    Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    if cfg.command == "train":
+        for name in ("scores.csv", "metrics.json", "heatmaps.png", "distributions.png"):
+            Path(cfg.out, name).unlink(missing_ok=True)
 
 
 def choose_device(name: str) -> torch.device:
@@ -1409,9 +1480,9 @@ def choose_device(name: str) -> torch.device:
     if this machine does not have it."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    available = {"cpu": True, "cuda": torch.cuda.is_available(),
-                 "mps": torch.backends.mps.is_available()}
-    if not available.get(name):
+    try:
+        torch.empty(0, device=name)
+    except (AssertionError, RuntimeError):  # each back end has its own
         raise UserError(f"--device {name}: not on this machine; use --device auto")
     if name == "cuda":  # torchrun counts the processes of one machine
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -1431,27 +1502,30 @@ def run(argv: list[str] | None) -> None:
         raise UserError("no threshold of cnc.py in the checkpoint: --resume its training")
     normal, test = [], []
     if cfg.command != "predict":
-        normal, test = read_dataset(Path(cfg.data))
+        normal, test = read_dataset(Path(cfg.data), training=cfg.command == "train")
     detector = build(cfg, checkpoint)
-    Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    prepare_out(cfg)
 
     if cfg.command == "train":
         kept, held = hold_out(cfg, normal)
         checkpoint = train_detector(detector, kept, checkpoint)
-        if RANK > 0:  # of torchrun's processes the first goes on alone
-            return
-        maps, _ = explain_all(detector, held)
-        threshold = conformal_threshold(image_score(maps["cnc"]), cfg.quantile)
-        checkpoint["thresholds"] = {"cnc": threshold}
+    if RANK > 0:  # of torchrun's processes the first goes on alone
+        return
+    if cfg.command == "train":
+        def score(features: list[Tensor]) -> list[Tensor]:
+            return [image_score(smooth(detector.describe(features)[1]))]
+
+        scores = run_on_images(detector, held, score)[0]
+        checkpoint["thresholds"] = {"cnc": conformal_threshold(scores)}
         save_checkpoint(detector, checkpoint)
 
     thresholds = checkpoint["thresholds"]
     if cfg.command == "predict":
         write_predictions(cfg, thresholds["cnc"],
-                          lambda samples: explain_all(detector, samples)[0]["cnc"])
+                          lambda samples: explain_all(detector, samples)["cnc"]())
     elif test:
-        maps, layers = explain_all(detector, test)
-        report(cfg, test, maps, thresholds, "cnc", layers)
+        scales = {"cnc": 2 * thresholds["cnc"], "text": 1}
+        report(cfg, test, explain_all(detector, test), thresholds, "cnc", scales)
     else:
         print(f"no test images, so nothing to evaluate; threshold {thresholds['cnc']:.4f}")
 
@@ -1463,7 +1537,9 @@ def main(argv: list[str] | None = None) -> int:
         run(argv)
         return 0
     except (UserError, OSError) as e:
-        print("cnc.py: error:", " ".join(str(e).split()), file=sys.stderr)
+        # Of a mistake that a loader's worker found, the end of its traceback.
+        message = str(e).rsplit("UserError: ", 1)[-1]
+        print("cnc.py: error:", " ".join(message.split()), file=sys.stderr)
         return 2
     except torch.OutOfMemoryError:
         print("cnc.py: error: the GPU's memory is full; lower --batch-size", file=sys.stderr)

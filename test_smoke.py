@@ -9,6 +9,7 @@ detectors, one after the other. Then come the data, the scripts as a user runs t
 says, and what happens to bad input. The scripts run on a made data set of two classes.
 """
 import csv
+import gc
 import json
 import math
 import multiprocessing
@@ -238,6 +239,11 @@ def five_classes(seed: int, raised: float) -> tuple:
     return features, maps, classes, labels
 
 
+def fit(features, maps):
+    """CADA on some normal images."""
+    return cada.CADA.fit(features, cada.map_statistics(maps), seed=0)
+
+
 def auroc(scores, labels) -> float:
     """The share of pairs of a bad and a good image in which the bad one scores higher."""
     return roc_auc_score(labels, scores)
@@ -247,7 +253,7 @@ def test_cada_undoes_the_distortion_of_classes():
     """One ranking of all images becomes nearly as good as for one who knows the classes, and the
     order within the classes stays, but for a little."""
     features, maps, *_ = five_classes(1, raised=0)
-    head = cada.CADA.fit(features, maps, seed=0)
+    head = fit(features, maps)
     features, maps, classes, labels = five_classes(2, raised=2.5)
     raw = maps.amax((1, 2))
     aligned = cada.normalise(maps, *head.predict(features)).amax((1, 2))
@@ -268,7 +274,7 @@ def test_cada_undoes_the_distortion_of_classes():
 ], ids=["few images", "equal images", "zero maps", "flat maps"])
 def test_gamma_is_above_u_for_any_images(features, maps):
     """Alignment divides by gamma - u, so neither few nor degenerate images may make it 0."""
-    head = cada.CADA.fit(features, maps, seed=0)
+    head = fit(features, maps)
     for scale in (0, 1, 1e3, -1e6):  # images that it has never seen the like of
         u, gamma = head.predict(torch.cat([features, scale * torch.randn(9, 64)]))
         assert u.isfinite().all()
@@ -294,7 +300,7 @@ def test_regression_looks_where_maps_differ():
     agree = (groups == label.numpy()).mean()
     assert 0.4 < agree < 0.6  # chance
 
-    head = cada.CADA.fit(features, maps, seed=0)
+    head = fit(features, maps)
     features, _, label = images_of(1)
     u, _ = head.predict(features)
     right = (u / (0.5 + label)).log().abs() < 0.1
@@ -305,7 +311,7 @@ def test_a_constant_channel_has_no_say():
     """A channel that never varied in training may be anything later."""
     features, maps, *_ = five_classes(1, raised=0)
     features[:, 5] = 0.3
-    head = cada.CADA.fit(features, maps, seed=0)
+    head = fit(features, maps)
     changed = features.clone()
     changed[:, 5] += 0.01
     assert torch.equal(head.predict(features)[0], head.predict(changed)[0])
@@ -314,12 +320,12 @@ def test_a_constant_channel_has_no_say():
 def test_cada_aligns_each_image_by_itself():
     """The other images of a batch do not matter, and a fit depends on its seed alone."""
     features, maps, *_ = five_classes(1, raised=0)
-    head = cada.CADA.fit(features, maps, seed=0)
+    head = fit(features, maps)
     u, gamma = head.predict(features)
     assert_close(head.predict(features[3:4]), (u[3:4], gamma[3:4]))
     torch.manual_seed(99)
     np.random.seed(99)
-    again = cada.CADA.fit(features, maps, seed=0)
+    again = fit(features, maps)
     assert_close(again.predict(features), (u, gamma), rtol=0, atol=0)
 
 
@@ -327,7 +333,7 @@ def test_snapping_forgives_small_errors():
     """Features that are a little off move what the regression says of every image by some per cent.
     Snapped, most images keep u, and a level gives all its images the same two numbers."""
     features, maps, *_ = five_classes(1, raised=0)
-    head = cada.CADA.fit(features, maps, seed=0)
+    head = fit(features, maps)
     features, *_ = five_classes(2, raised=0)
     off = features + 0.3 * torch.randn(200, 64, generator=torch.Generator().manual_seed(0))
     alone = head.regress(off)[0] / head.regress(features)[0]
@@ -377,7 +383,7 @@ def test_shapes_of_revdist(name, c1):
 
 
 def test_loss_and_map_of_revdist_are_cosine_distances():
-    """And by position the length of a vector does not matter."""
+    """In the loss a position counts by the length of its vector, and not in the map."""
     detector = small_detector(cada)
     features = detector.teacher(random_images(2))
     for factor, distance in ((1, 0.0), (-1, 2.0)):
@@ -391,8 +397,7 @@ def test_loss_and_map_of_revdist_are_cosine_distances():
 
     detector.student.forward = longer_to_the_right
     assert detector(features).item() > 0.1
-    detector.cfg.loss = "position"
-    assert detector(features).item() == pytest.approx(0, abs=1e-4)
+    assert detector.describe(features)[1].abs().max() < 1e-4
 
 
 def test_blur_and_image_score():
@@ -687,18 +692,63 @@ TURNED[0x0112] = 6  # how the camera was held
 
 @pytest.mark.parametrize("name, image, expected, error", [
     ("grey-16-bit.png", Image.fromarray(GREY.astype(np.uint16) * 257), np.dstack([GREY] * 3), 0),
+    ("float.tif", Image.fromarray(GREY / np.float32(255)), np.dstack([GREY] * 3), 0),
     ("rgba.png", Image.fromarray(np.dstack([COLOURS, GREY])), COLOURS, 0),
     ("turned.png", Image.fromarray(np.rot90(COLOURS).copy()), COLOURS, 0),
     ("palette.png", Image.fromarray(COLOURS).quantize(), COLOURS, 3),
     ("cmyk.JPG", Image.fromarray(COLOURS).convert("CMYK"), COLOURS, 3),
+    ("12-of-16-bits.png", Image.fromarray(GREY.astype(np.uint16) * 16), "what value is white", 0),
+    ("32-bit.tif", Image.fromarray(GREY.astype(np.int32) * 2**20), "what value is white", 0),
+    ("float-255.tif", Image.fromarray(GREY.astype(np.float32)), "what value is white", 0),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_any_image_is_read_as_rgb(name, image, expected, error, tmp_path):
-    """Sixteen bits, transparency, a turned camera, palettes and CMYK are all understood."""
+    """Sixteen bits, transparency, a turned camera, palettes and CMYK are all understood. Where it
+    is not sure which value is white, an error asks."""
     exif = TURNED if name == "turned.png" else Image.Exif()
     image.save(tmp_path / name, exif=exif)
+    if isinstance(expected, str):
+        with pytest.raises(cada.UserError, match=f"{name}.*{expected}"):
+            cada.load_image(tmp_path / name)
+        return
     found = cada.load_image(tmp_path / name)
     assert found.mode == "RGB"
     assert np.abs(np.asarray(found) - expected.astype(float)).mean() <= error
+
+
+DISC = np.hypot(*np.mgrid[-20:20, -20:20]) < 9  # the defect
+WHITE = DISC.astype(np.uint8) * 255
+CLEAR = np.full_like(WHITE, 255)
+INVERTED = Image.fromarray((~DISC).astype(np.uint8), "P")
+INVERTED.putpalette([255, 255, 255, 0, 0, 0])  # its number 0 is white
+RED = Image.fromarray(DISC.astype(np.uint8), "P")
+RED.putpalette([0, 0, 0, 128, 0, 0])
+
+
+@pytest.mark.parametrize("name, mask, error", [
+    ("numbers.png", Image.fromarray(WHITE // 200), 0),
+    ("16-bit.png", Image.fromarray(WHITE.astype(np.uint16) * 257), 0),
+    ("opaque.png", Image.fromarray(np.dstack([WHITE, CLEAR])), 0),
+    ("drawn-on-nothing.png", Image.fromarray(np.dstack([CLEAR, CLEAR, CLEAR, WHITE])), 0),
+    ("palette.png", INVERTED, 0),
+    ("red.png", RED, 0),
+    ("blurred.png", Image.fromarray(ndimage.gaussian_filter(WHITE, 2)), 0.05),
+    ("lossy.jpg", Image.fromarray(WHITE), 0.05),
+    ("folder", None, 0),
+], ids=lambda value: value if isinstance(value, str) else "")
+def test_any_mask_is_read_as_black_and_white(name, mask, error, tmp_path):
+    """Numbers, transparency, palettes, blur and JPEG; and a folder of partial masks, as in MVTec
+    LOCO. The error is a share of the area."""
+    path = tmp_path / name
+    if mask:
+        mask.save(path)
+    else:
+        path.mkdir()
+        for i in range(2):
+            part = WHITE.copy()
+            part[i * 20:][:20] = 0
+            Image.fromarray(part).save(path / f"{i}.png")
+    wrong = np.asarray(cada.load_mask(path)) != DISC
+    assert wrong.sum() <= error * DISC.sum()
 
 
 def test_reads_an_mvtec_tree(tree):
@@ -725,7 +775,7 @@ def test_reads_an_mvtec_tree(tree):
 
 def test_reads_a_raw_visa_tree(visa):
     """A mask is binarised, then resized as its image is. A defect that is lost in this is still
-    one by its label."""
+    one by its label. A spreadsheet may have saved the list."""
     train, test = cada.read_visa(visa)
     assert [s.label for s in train] == [0, 0]
     assert [s.label for s in test] == [0, 1, 1]
@@ -736,6 +786,36 @@ def test_reads_a_raw_visa_tree(visa):
     assert np.array_equal(masks[1], expected)
     assert not masks[0].any()
     assert not cada.load_masks(test, 32)[2].any()
+
+    path = visa / "split_csv/1cls.csv"
+    path.write_text(path.read_text().replace(",", ";"), encoding="utf-8-sig")
+    assert cada.read_visa(visa) == (train, test)
+
+
+CLEAN = "2 classes: 20 training, 6 good and 6 defective test images; 6 masks, of 4.9% of"
+MESSY_DATA = [  # (what is done to the data set, what must be printed of it)
+    ("", CLEAN),
+    ("mkdir a/test/.ipynb; cp a/test/hole/* a/test/.ipynb", CLEAN),
+    ("mv a/test/good a/test/OK; mv b/test/good b/test/Normal; mv a/train/good a/train/ok", CLEAN),
+    ("cd a/ground_truth/hole; mkdir 000; mv 000_mask.png 000/1.png; cp 000/1.png 000/2.png", CLEAN),
+    ("touch a/train/good/000.heic", "1 other files {tree}/a/train/good/000.heic"),
+    ("mv a/train/good a/train/deep; mkdir a/train/good; mv a/train/deep a/train/good",
+     "no training images in {tree}/a/train/good"),
+    ("rm -r a/train", "no training images in {tree}/a/train/good"),
+]
+
+
+@pytest.mark.parametrize("spoil, says", MESSY_DATA)
+def test_what_was_found_is_told(spoil, says, tree, capsys):
+    """Before the training, in one line. Hidden folders and known names of the good ones are no
+    kinds of defects."""
+    subprocess.run(spoil, shell=True, check=True, cwd=tree)
+    try:
+        cada.read_dataset(tree)
+        told = capsys.readouterr().err
+    except cada.UserError as e:
+        told = str(e)
+    assert says.format(tree=tree) in told
 
 
 # ==== the scripts as a user runs them =============================================================
@@ -864,16 +944,36 @@ def test_predict_gives_the_same_scores(script, data, trained, tmp_path, monkeypa
 
 def test_pictures_have_one_fixed_scale(trained, tmp_path, capsys):
     """An image is not scaled by itself: below a huge threshold it stays clear, above a tiny one it
-    is all hot. The threshold is the user's here, and the image has an alpha channel."""
+    is all hot. The image has an alpha channel."""
     Image.fromarray(np.dstack([COLOURS, GREY])).save(tmp_path / "image.png")
-    words = ["predict", tmp_path, "--checkpoint", trained[cada].checkpoint, "--out", tmp_path / "o"]
+    checkpoint = torch.load(trained[cada].checkpoint, weights_only=True)
     for threshold, clear in ((1e9, True), (1e-9, False)):
-        assert run(cada, *words, "--threshold", threshold) == 0
+        checkpoint["thresholds"]["cada"] = threshold
+        torch.save(checkpoint, tmp_path / "checkpoint.pt")
+        assert run(cada, "predict", tmp_path / "image.png", "--out", tmp_path) == 0
         told = predictions(capsys)[0]
         picture = Image.open(told["overlay"]).convert("RGB")
         assert np.array_equal(picture, COLOURS) == clear
         assert told["anomalous"] != clear
-        shutil.rmtree(tmp_path / "o")
+
+
+@FORKS
+def test_predict_goes_on_after_a_broken_file(data, trained, tmp_path, capsys):
+    """Each is told of, and all others are scored. Links are followed, a long name is cut, and what
+    it has written itself is not scored again."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "000.png").write_text("no image")
+    shutil.copy(data / "a/test/good/000.png", folder / f"{'x' * 240}.png")
+    (folder / "link").symlink_to(data / "a/test/hole")
+    words = ["predict", folder, "--checkpoint", trained[cada].checkpoint, "--out", folder]
+    for _ in range(2):
+        assert run(cada, *words) == 2
+        printed = capsys.readouterr()
+        assert [json.loads(line)["anomalous"] for line in printed.out.splitlines()]
+        assert len(printed.out.splitlines()) == 4
+        assert f"cannot read image {folder / '000.png'}" in printed.err
+        assert "1 of 5 images not scored" in printed.err.splitlines()[-1]
 
 
 @BOTH
@@ -950,8 +1050,8 @@ def test_threshold_comes_from_images_kept_back(data, trained):
     assert len(held) == 4
     assert len(kept) == 16
     assert set(kept + held) == set(normal)
-    maps = cada.aligned_maps(cada.build(cfg, checkpoint), held, checkpoint)
-    highest = cada.image_score(maps["cada"]).max().item()
+    variants = cada.aligned_maps(cada.build(cfg, checkpoint), held, checkpoint)
+    highest = cada.image_score(variants["cada"]()).max().item()
     assert checkpoint["thresholds"]["cada"] == pytest.approx(highest, rel=1e-4)
     cfg.holdout = 0.0
     assert cada.hold_out(cfg, normal) == (normal, normal)
@@ -967,9 +1067,9 @@ def test_threshold_lets_the_promised_share_pass(n, quantile):
 
 
 @BOTH
-def test_good_images_and_a_teacher_from_a_file(script, good, tmp_path, capsys):
-    """Good images are enough to train and predict. A teacher's weights are read from their file
-    each time; they are not copied into the checkpoint."""
+def test_good_images_and_a_teacher_from_a_file(script, good, tmp_path, monkeypatch, capsys):
+    """Good images are enough to train and predict; what an earlier training left goes. A teacher's
+    weights are read from their file each time; the checkpoint knows their hash."""
     weights = tmp_path / "weights.pt"
     torch.manual_seed(5)
     model = torchvision.models.resnet18() if script is cada else cnc.tiny_clip(64)
@@ -979,19 +1079,32 @@ def test_good_images_and_a_teacher_from_a_file(script, good, tmp_path, capsys):
     in_file = model.conv1 if script is cada else model.visual.conv1
     assert torch.equal(used.weight, in_file.weight)
 
+    # Paths are given from one folder and used from another.
+    monkeypatch.chdir(tmp_path)
     out = tmp_path / "out"
-    assert run(script, "--data", good, "--out", out, *FLAGS[script], "--weights", weights) == 0
+    out.mkdir()
+    (out / "scores.csv").write_text("of an earlier training")
+    words = ["--data", "tree", "--out", out, *FLAGS[script], "--weights", "weights.pt"]
+    assert run(script, *words) == 0
     printed = capsys.readouterr()
     assert "nothing to evaluate" in printed.out
     assert "RANDOM" not in printed.err
     assert files_in(out) == {"checkpoint.pt"}
-    assert "teacher" not in torch.load(out / "checkpoint.pt", weights_only=True)["weights"]
+    stored = torch.load(out / "checkpoint.pt", weights_only=True)["weights"]["teacher"]
+    assert isinstance(stored, str)  # a hash
+    monkeypatch.chdir(out)
     words = ["predict", good / "a/train/good/000.png", "--out", out]
     assert run(script, *words) == 0
     assert predictions(capsys)[0]["threshold"] > 0
-    weights.unlink()
-    assert run(script, *words) == 2
-    assert "weights.pt" in capsys.readouterr().err
+
+    # Another network in the file is noticed, and so is no file. The file may have moved.
+    weights.rename(tmp_path / "moved.pt")
+    for _ in ("nothing", "another network"):
+        assert run(script, *words) == 2
+        assert "--weights" in capsys.readouterr().err
+        model = torchvision.models.resnet18() if script is cada else cnc.tiny_clip(64)
+        torch.save(model.state_dict(), weights)
+    assert run(script, *words, "--weights", tmp_path / "moved.pt") == 0
 
 
 def test_data_may_lack_masks_or_good_images(tree, trained, tmp_path):
@@ -1003,10 +1116,53 @@ def test_data_may_lack_masks_or_good_images(tree, trained, tmp_path):
     found = results_of(tmp_path)["cada"]["pooled"]
     assert list(found) == ["I-AUROC", "I-AP", "I-F1max"]
     assert found.items() <= results_of(trained[cada].out)["cada"]["pooled"].items()
-    shutil.rmtree(tree / "a/test/good")
-    shutil.rmtree(tree / "b/test/good")
+    for folder in ("a/train", "b/train", "a/test/good", "b/test/good"):
+        shutil.rmtree(tree / folder)
     assert run(cada, *words) == 0
     assert results_of(tmp_path)["cada"]["pooled"] == {}
+
+
+@BOTH
+def test_nonsense_is_not_reported(script, data, trained, tmp_path, capsys):
+    """Where a map is not finite, neither eval nor predict has an answer; the image is named. A
+    checkpoint that lacks a layer does not fit."""
+    checkpoint = torch.load(trained[script].checkpoint, weights_only=True)
+    student = checkpoint["weights"]["student"]
+    last = [name for name in student if name.endswith("weight")][-1]
+    kept = student.pop(last)
+    path = tmp_path / "checkpoint.pt"
+    torch.save(checkpoint, path)
+    assert run(script, "eval", "--out", tmp_path) == 2
+    assert "student does not fit" in capsys.readouterr().err
+    student[last] = kept * math.nan
+    torch.save(checkpoint, path)
+    for words in (["eval"], ["predict", data / "a/test/good/000.png"]):
+        assert run(script, *words, "--out", tmp_path) == 2
+        printed = capsys.readouterr()
+        assert not printed.out
+        assert "a/test/good/000.png: its anomaly map is not finite" in printed.err
+
+
+def test_of_torchruns_processes_one_evaluates(trained, tmp_path, monkeypatch, capsys):
+    """The others have nothing to do."""
+    monkeypatch.setattr(cada, "RANK", 1)
+    words = ["eval", "--checkpoint", trained[cada].checkpoint, "--out", tmp_path]
+    assert run(cada, *words) == 0
+    assert not capsys.readouterr().out
+    assert not files_in(tmp_path)
+
+
+def test_what_holdout_costs_is_told(capsys):
+    """It may take all images of a class; and of few images there is no 0.99 quantile."""
+    samples = [cada.Sample(Path(str(i)), f"class {i}") for i in range(10)]
+    cada.hold_out(cada.Config(), samples)
+    told = capsys.readouterr().err
+    assert re.search(r"keeps back all training images of class \d\n", told)
+    assert "of 1 normal images, since a 0.99 quantile takes 99" in told
+    scores = torch.arange(99.0)
+    assert cada.conformal_threshold(scores) == cada.conformal_threshold(scores[:98]) + 1 == 98
+    cada.hold_out(cada.Config(), samples * 99)
+    assert not capsys.readouterr().err
 
 
 @FORKS
@@ -1026,11 +1182,12 @@ def test_pictures_show_twelve_classes(data, tmp_path):
     """What is beyond the twelfth class changes nothing in them."""
     image = data / "a/test/good/000.png"
     samples = [cada.Sample(image, f"class {i:02}") for i in range(14)]
+    bad = [cada.Sample(image, f"class {i:02}", 1) for i in range(14)]
     scores = {"raw": np.arange(14)}
     maps = []
     levels = []
     for count in (14, 12, 11):
-        cada.plot_heatmaps(tmp_path / "maps.png", samples[:count], None, [])
+        cada.plot_heatmaps(tmp_path / "maps.png", samples[:count] + bad[:count], None, {}, {})
         maps.append((tmp_path / "maps.png").read_bytes())
         some = {"raw": scores["raw"][:count]}
         cada.plot_distributions(tmp_path / "levels.png", samples[:count], some,
@@ -1201,12 +1358,13 @@ BAD_COMMAND_LINES = [  # (script, command line, what the message must say)
     (cada, "--loss mse", "--loss"),
     (cada, "--base unet", "--base"),
     (cada, "--base cnc --iters 3", "--iters"),
-    (cada, "--seed -1", "--seed -1"),
-    (cada, "--batch-size 0", "--batch-size 0"),
-    (cada, "--iters 0", "--iters 0"),
-    (cada, "--quantile 99", "--quantile 99"),
-    (cada, "--image-size 100", "--image-size 100"),
-    (cada, "--holdout 1", "--holdout 1"),
+    (cada, "--seed -1", "--seed"),
+    (cada, "--seed 1760000000000", "--seed"),
+    (cada, "--batch-size 0", "--batch-size"),
+    (cada, "--iters 0", "--iters"),
+    (cada, "--image-size 32", "--image-size"),
+    (cada, "--image-size 100", "--image-size"),
+    (cada, "--holdout 1", "--holdout"),
     (cada, "eval", "train first"),
     (cada, "--checkpoint nowhere.pt", "nowhere.pt"),
     (cada, "eval --checkpoint {malicious}", "malicious.pt"),
@@ -1215,16 +1373,15 @@ BAD_COMMAND_LINES = [  # (script, command line, what the message must say)
     (cada, "eval --teacher resnet34 --checkpoint {cada}", "does not fit"),
     (cada, "predict nowhere.png --checkpoint {cada}", "nowhere.png"),
     (cada, "predict {empty} --checkpoint {cada}", "no images"),
-    (cada, "predict {empty} --threshold 0 --checkpoint {cada}", "--threshold 0"),
-    (cada, "{train} --data nowhere", "--data nowhere"),
+    (cada, "{train} --data nowhere", "nowhere: no such folder"),
     (cada, "{train} --device abacus", "--device abacus"),
     (cada, "{train} --teacher vgg16", "--teacher vgg16"),
     (cada, "{train} --weights IMAGENET1K_V9", "--weights IMAGENET1K_V9"),
     (cada, "{train} --weights {malicious}", "malicious.pt"),
     (cada, "{train} --lr 1e30", "lower --lr"),
-    (cnc, "--top-k 6", "--top-k 6"),
+    (cnc, "--top-k 6", "--top-k"),
     (cnc, "eval --no-moe --checkpoint {cnc}", "does not fit"),
-    (cnc, "{train} --taps 7", "--taps 7"),
+    (cnc, "{train} --taps 7", "--taps"),
     (cnc, "{train} --taps 4 2", "rising"),
     (cnc, "{train} --image-size 70", "multiples of 16"),
     (cnc, "{train} --weights openai", "--weights openai"),
@@ -1272,22 +1429,64 @@ BAD_DATA = [  # (what is done to the data set, what the message must say)
     ("rm a/ground_truth/hole/001_mask.png", "ground_truth/hole for 001.png"),
     ("mv a/ground_truth/hole a/ground_truth/hoel", "ground_truth/hole for 000.png"),
     ("echo text > a/ground_truth/hole/001_mask.png", "hole/001_mask.png"),
-    ("cp b/test/good/000.png a/ground_truth/hole/001_mask.png", "64 x 64"),
+    ("cp b/test/good/000.png a/ground_truth/hole/001_mask.png", "001_mask.png: its image has"),
+    ("cp turned.png a/test/hole/001.png", "EXIF"),
+    ("cp dark.png a/test/good/001.png", "good/001.png: what value is white"),
+    ("cp a/ground_truth/hole/000_mask.png a/test/hole", "test/hole/000_mask.png shares its name"),
+    ("cp a/test/hole/000.png a/test/hole/000.jpg", "test/hole/000.png shares its name"),
+    ("cp black.png a/ground_truth/hole/000.png", "hole/000_mask.png shares its name"),
+    ("rm -r b/*t*; for i in a/ground_truth/hole/*; do cp black.png $i; done", "a/ground_truth"),
+    ("for i in a b; do mv $i/test $i/test_public; mv $i/ground_truth $i/test_public; done",
+     "a/test_public/ground_truth"),
 ]
 
 
 @pytest.mark.parametrize("spoil, says", BAD_DATA)
 def test_bad_data(spoil, says, tree, tmp_path, capsys):
     """A broken data set stops the run before the training; the message names the file."""
+    Image.new("RGB", (64, 64), "grey").save(tree / "turned.png", exif=TURNED)
+    Image.fromarray(np.full((64, 64), 4095, np.uint16)).save(tree / "dark.png")
+    Image.new("L", (64, 64)).save(tree / "black.png")
     subprocess.run(spoil, shell=True, check=True, cwd=tree)
     check_failure(cada, ["--data", tree, *FLAGS[cada]], says, capsys, tmp_path)
 
 
+@FORKS
 @BOTH
-def test_a_full_disk(script, data, tmp_path, monkeypatch, capsys):
-    """If the cache does not fit on the disk, the message names the way without it."""
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    check_failure(script, ["--data", data, *FLAGS[script]], "--no-cache", capsys, tmp_path)
+@pytest.mark.parametrize("flag, says", [("--cache", "--no-cache"), ("--no-cache", "checkpoint")])
+def test_a_full_disk(script, flag, says, data, tmp_path, capsys):
+    """Here no file may be larger than 100 kB. The message names what had no room, and the way
+    without it; no part of a file is left."""
+    import resource  # not on Windows
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        check_failure(script, ["--data", data, *FLAGS[script], flag], says, capsys, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not files_in(tmp_path / "out")
+
+
+@FORKS
+@BOTH
+def test_a_worker_finds_a_mistake(script, good, tmp_path, monkeypatch, capsys):
+    """A file that breaks during the training ends in one line, as anywhere. A worker sends bytes,
+    so that a batch is small."""
+    sample = script.Sample(good / "a/train/good/003.png")
+    assert script.load_batch(small_detector(script).preprocess, [sample]).dtype == torch.uint8
+    sample.path.write_text("no image")
+    monkeypatch.setattr(script, "check_files", lambda sample: 0.0)
+    words = ["--data", good, *FLAGS[script], "--workers", 2]
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
+    check_failure(script, words, "error: cannot read image", capsys, tmp_path)
+    gc.collect()  # the workers end here, and need no more than that interval
+
+
+def test_a_script_on_its_own(tmp_path, monkeypatch, capsys):
+    """Neither the demo set nor the other script lies beside it."""
+    monkeypatch.setattr(cada, "HERE", tmp_path)
+    check_failure(cada, [], "data/demo: no such folder", capsys, tmp_path)
+    check_failure(cada, ["--base", "cnc"], "cnc.py does not lie beside", capsys, tmp_path)
 
 
 @BOTH
@@ -1380,7 +1579,8 @@ def moved_tokens(detector, samples: list, shift: torch.Tensor | float) -> list[t
     along = F.normalize(t_a - t_n, dim=0) @ detector.teacher.clip.visual.proj.T
     generator = torch.Generator().manual_seed(0)
     moved = []
-    for tap in detector.teacher(cnc.load_batch(detector.preprocess, samples)):
+    images = torch.cat([*cnc.image_batches(detector, samples)])
+    for tap in detector.teacher(images):
         patches = tap[:, 1:].float()
         share = 0.06 * torch.randn(patches.shape[:2], generator=generator) + shift
         patches += (share * patches.norm(dim=-1))[..., None] * along
@@ -1392,7 +1592,7 @@ def bench_text() -> None:
     """What is a text worth that means something? A trained CLIP was not run. The tiny teacher is
     made to understand on a part of the demo set: patches of which a defect covers a tenth move by
     0.12 of their length."""
-    normal, test = cnc.read_mvtec(DEMO)
+    normal, test = cnc.read_dataset(DEMO)
     normal = normal[::2]
     test = test[::2]
     masks = cnc.load_masks(test, 64)
