@@ -130,7 +130,6 @@ def autocast(x: Tensor, dtype: torch.dtype) -> torch.autocast:
 
 
 MOST_CLASSES = 12  # that a picture shows
-QUANTILE = 0.99  # share of normal images that the threshold shall let pass [ours] D1
 # ==== end shared
 
 
@@ -866,7 +865,7 @@ def hold_out(cfg: Config, samples: list[Sample]) -> tuple[list, list]:
     return kept, held
 
 
-def conformal_threshold(scores: Tensor, quantile: float = QUANTILE) -> float:
+def conformal_threshold(scores: Tensor, quantile: float = 0.99) -> float:
     """The ceil((n + 1) quantile)-th smallest of the scores of n normal images, or the largest.
 
     A new normal image like these lies above it with a probability of at most 1 - quantile, if n is
@@ -1019,10 +1018,11 @@ def read_dataset(root: Path, training: bool = True) -> tuple[list, list]:
     used = {s.path for s in train + test} | set(masks)
     others = [p for p in paths_in(root, "**") if p.is_file() and not used & {p, p.parent}]
     defective = sum(s.label for s in test)
-    print(len({s.cls for s in samples}), "classes:", len(train), "training,",
-          len(test) - defective, "good and", defective, "defective test images;", len(masks),
-          f"masks, of {sum(shares) / max(1, len(masks)):.1%} of their pixels;", len(others),
-          "other files", *others[len(others) // 2:][:1], file=sys.stderr)
+    share = sum(shares) / max(1, len(masks))
+    print(f"{root}:", len({s.cls for s in samples}), "classes,", len(train), "training,",
+          len(test) - defective, "good and", defective, "defective test images,", len(masks),
+          f"masks with {share:.1%} of their pixels marked;", len(others), "other files",
+          *others[len(others) // 2:][:1], file=sys.stderr)
     return train, test
 
 
@@ -1438,7 +1438,6 @@ def read_command_line(argv: list[str] | None, published: Config, demo: dict,
             preset = demo
         elif (root / "split_csv/1cls.csv").is_file():
             preset = visa
-        print(f"data: {root}; data/README.md tells where to get others", file=sys.stderr)
         defaults = replace(published, data=str(root), **preset)
         checkpoint = None
 
@@ -1500,18 +1499,19 @@ def run(argv: list[str] | None) -> None:
     cfg, checkpoint = read_command_line(argv, Config(), DEMO, VISA)
     if cfg.command != "train" and "cnc" not in checkpoint.get("thresholds", {}):
         raise UserError("no threshold of cnc.py in the checkpoint: --resume its training")
+    training = cfg.command == "train"
     normal, test = [], []
     if cfg.command != "predict":
-        normal, test = read_dataset(Path(cfg.data), training=cfg.command == "train")
+        normal, test = read_dataset(Path(cfg.data), training)
     detector = build(cfg, checkpoint)
     prepare_out(cfg)
 
-    if cfg.command == "train":
+    if training:
         kept, held = hold_out(cfg, normal)
         checkpoint = train_detector(detector, kept, checkpoint)
     if RANK > 0:  # of torchrun's processes the first goes on alone
         return
-    if cfg.command == "train":
+    if training:
         def score(features: list[Tensor]) -> list[Tensor]:
             return [image_score(smooth(detector.describe(features)[1]))]
 

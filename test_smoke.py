@@ -593,6 +593,43 @@ def test_bfloat16_is_close_to_float32(script, monkeypatch):
     assert_close(loss, exact_loss, rtol=0.02, atol=0.02)
 
 
+def some_steps_on(device: str, script, data, trained, cache: bool, out: Path) -> tuple:
+    """Three more steps of a trained detector. Returns their losses, and the maps of the test images
+    after them."""
+    normal, test = script.read_dataset(data)
+    checkpoint = torch.load(trained[script].checkpoint, weights_only=True)
+    more = {"iters": 5} if script is cada else {"epochs": 2.75}
+    settings = checkpoint["config"] | more | {"device": device, "cache": cache, "out": str(out)}
+    detector = script.build(script.Config(**settings), checkpoint)
+    for module in detector.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # each device draws for itself
+    losses = []
+    detector.register_forward_hook(lambda module, args, output: losses.append(output.item()))
+    script.train_detector(detector, normal[:16], checkpoint)
+    maps = script.run_on_images(detector, test, lambda f: [detector.describe(f)[1]])[0]
+    return losses, maps
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("cache", [True, False])
+@BOTH
+def test_a_gpu_agrees_with_the_cpu(script, cache, data, trained, tmp_path, capsys):
+    """It trains, describes and predicts the same, but for half precision."""
+    losses, maps = some_steps_on("cpu", script, data, trained, cache, tmp_path)
+    gpu_losses, gpu_maps = some_steps_on("cuda", script, data, trained, cache, tmp_path)
+    assert len(losses) == 3
+    assert_close(gpu_losses, losses, rtol=0.01, atol=0)
+    assert_close(gpu_maps, maps, rtol=0, atol=0.02 * (maps.max() - maps.min()).item())
+
+    words = [data / "a/test/hole/000.png", "--checkpoint", trained[script].checkpoint]
+    scores = []
+    for device in ("cpu", "cuda"):
+        assert run(script, "predict", *words, "--out", tmp_path, "--device", device) == 0
+        scores.append(predictions(capsys)[0]["score"])
+    assert scores[1] == pytest.approx(scores[0], rel=0.02)
+
+
 # ==== data ========================================================================================
 def draw(path: Path, seed: int, grain: float = 6, size: tuple = (64, 64),
          mask: Path | None = None) -> None:
@@ -792,13 +829,14 @@ def test_reads_a_raw_visa_tree(visa):
     assert cada.read_visa(visa) == (train, test)
 
 
-CLEAN = "2 classes: 20 training, 6 good and 6 defective test images; 6 masks, of 4.9% of"
+CLEAN = ("{tree}: 2 classes, 20 training, 6 good and 6 defective test images, 6 masks with 4.9% "
+         "of their pixels marked; 0 other files")
 MESSY_DATA = [  # (what is done to the data set, what must be printed of it)
     ("", CLEAN),
     ("mkdir a/test/.ipynb; cp a/test/hole/* a/test/.ipynb", CLEAN),
     ("mv a/test/good a/test/OK; mv b/test/good b/test/Normal; mv a/train/good a/train/ok", CLEAN),
     ("cd a/ground_truth/hole; mkdir 000; mv 000_mask.png 000/1.png; cp 000/1.png 000/2.png", CLEAN),
-    ("touch a/train/good/000.heic", "1 other files {tree}/a/train/good/000.heic"),
+    ("touch a/train/good/000.heic", "; 1 other files {tree}/a/train/good/000.heic"),
     ("mv a/train/good a/train/deep; mkdir a/train/good; mv a/train/deep a/train/good",
      "no training images in {tree}/a/train/good"),
     ("rm -r a/train", "no training images in {tree}/a/train/good"),
