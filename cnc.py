@@ -447,21 +447,17 @@ class GatedMoE(nn.Module):
         self.top_k = top_k
         self.experts = nn.ModuleList(expert(dim) for _ in range(num_experts))
 
-    def route(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(T, dim) -> weights (T, K), chosen experts (T, K) and probabilities of all (T, experts),
-        for T tokens and K = top_k."""
-        with torch.autocast(tokens.device.type, enabled=False):  # bf16 would change some choices
-            scores = self.gate(tokens.float())
-        top, chosen = scores.topk(self.top_k, dim=-1)
-        return top.softmax(-1), chosen, scores.softmax(-1)  # weights add up to 1 over the K
-
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         # For the mixture a token is a token, of whatever image: (B, N, dim) -> (T, dim), T = B * N
         tokens = x.flatten(0, 1)
-        weights, chosen, probabilities = self.route(tokens)
+        with torch.autocast(x.device.type, enabled=False):  # bf16 would change some choices
+            scores = self.gate(tokens.float())  # (T, experts)
+        top, chosen = scores.topk(self.top_k, dim=-1)  # (T, top_k) each
+        weights = top.softmax(-1)  # they add up to 1 over the chosen ones
+
         y = torch.zeros_like(tokens, dtype=torch.float32)
         for k, expert_k in enumerate(self.experts):
-            # (m,) and (m,): the m tokens that chose this expert, and as which of their K choices
+            # (m,) and (m,): the m tokens that chose this expert, and as which of their choices
             token, choice = (chosen == k).nonzero(as_tuple=True)
             answer = expert_k(tokens[token]).float()  # (m, dim): it sees no other tokens
             y = y.index_add(0, token, weights[token, choice, None] * answer)
@@ -469,7 +465,7 @@ class GatedMoE(nn.Module):
         # (std / mean)^2 of the experts' summed probabilities: 0 when all are equally probable.
         # Without it the gate may settle on two experts that get all tokens and gradients. The port
         # has it too, but commented out. [port]
-        load = probabilities.sum(0)
+        load = scores.softmax(-1).sum(0)
         balance = load.var(correction=0) / load.mean() ** 2
         return y.view(x.shape), balance
 
