@@ -141,7 +141,8 @@ class Config:
     data: str = ""  # data set folder; if not given: data/mvtec, else data/visa, else data/demo
     out: str = "runs/cada"  # folder for everything that is written
     seed: int = 0  # it decides the weights, the batches, the images held out and CADA's levels
-    device: str = "auto"  # cpu, cuda, mps, or auto: a GPU of NVIDIA's if there is one, else the CPU
+    # auto: a GPU of NVIDIA's if there is one, else the CPU; mps: Apple's GPU
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     teacher: str = "wide_resnet50_2"  # frozen ResNet of torchvision's; this one is RD's
     weights: str = "IMAGENET1K_V1"  # of the teacher: torchvision tag, file, or none: random
     # sides in pixels of the square that images are squashed to, a multiple of 32; 256 is RD's
@@ -170,8 +171,8 @@ class Config:
             raise UserError("--batch-size: give at least 1")
         if self.iters < 1:
             raise UserError("--iters: give at least 1")
-        if not 0 <= self.holdout < 1:
-            raise UserError("--holdout: give a share from 0 to below 1")
+        if not 0 <= self.holdout <= 0.9:
+            raise UserError("--holdout: give a share from 0 to 0.9")
 
 
 # On the demo set two CPU cores are enough. [ours] D3
@@ -210,6 +211,7 @@ class Teacher(nn.Module):
         self.layer1 = resnet.layer1
         self.layer2 = resnet.layer2
         self.layer3 = resnet.layer3
+        self.hash = None if self.random else weights_hash(self)
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> nn.Module:
@@ -336,10 +338,10 @@ class RevDist(nn.Module):
     How far it fails on *normal* images differs from class to class: a regular wire grid is easy to
     reproduce, and granite is not. That is the problem that CADA solves.
 
-    CADA and the shared code need this much of a detector: `preprocess` makes of an image a tensor
-    of bytes, and `standardise` of these, on the device, what `teacher` wants; `teacher` gives
-    frozen features; called on these, the detector gives the loss, and `describe` turns them into
-    pooled features and a raw anomaly map.
+    CADA and the shared code need this much of a detector: `preprocess` turns an image into a uint8
+    tensor; `standardise` turns a batch of them, on the device, into the input of `teacher`, which
+    gives frozen features; called on these, the detector gives the loss, and `describe` turns them
+    into pooled features and a raw anomaly map.
     """
 
     def __init__(self, cfg: Config) -> None:
@@ -721,7 +723,7 @@ def aligned_maps(detector: nn.Module, samples: list[Sample], checkpoint: dict) -
     """Smoothed anomaly maps of images in four variants: "raw", as the detector has them; "oracle",
     aligned by the statistics of the true class, if the checkpoint knows all these classes;
     "regress", aligned by a regression alone; "cada", aligned by CADA. Each is a function that
-    computes its maps (N, S, S), so that those of two variants need not be in memory at once.
+    computes its maps (N, S, S) from the raw ones, so that not all need be in memory at once.
 
     What to look for: "pooled" should rise from raw to cada, and the oracle shows how far it could.
     "class mean" should stay: within a class alignment has nothing to gain, so where it falls, the
@@ -821,10 +823,10 @@ def teacher_features(detector: nn.Module, samples: list[Sample],
     """Yield the teacher's features of each batch, a list of indices of samples. They are computed
     once [ours] D2, or with --no-cache anew for every batch.
 
-    Training uses no augmentation, so every epoch would compute the same again. A float16 array
-    (N, ...) for each layer stays in an unnamed file in --out. The system keeps as much of it in
-    memory as fits. The file disappears with the process, even a killed one: it is never stale.
-    Raises UserError if the disk is full.
+    Training uses no augmentation, so every epoch would compute the same again. The features of each
+    layer stay as one float16 array (N, ...) in an unnamed file in --out. The system keeps as much
+    of it in memory as fits. The files disappear with the process, even a killed one: they are never
+    stale. Raises UserError if the disk is full.
     """
     teacher = detector.teacher
     if not detector.cfg.cache:
@@ -832,16 +834,17 @@ def teacher_features(detector: nn.Module, samples: list[Sample],
             yield teacher(x)
         return
 
-    # Write the files, then map them into memory. (A full disk would end a mapped file by a signal,
-    # and says so when it is written to.)
+    # The files are written first and mapped into memory afterwards: to write through the map would
+    # kill the process on a full disk, while a plain write raises an error.
     one = teacher(next(image_batches(detector, samples, [[0]])))
     files = [tempfile.TemporaryFile(dir=detector.cfg.out) for _ in one]
     for x in image_batches(detector, samples):
-        for file, f in zip(files, teacher(x)):
-            try:
-                f.cpu().numpy().tofile(file)
-            except OSError as e:
-                raise UserError(f"no room in --out for the cache: {e}; make some, or --no-cache")
+        try:
+            for file, f in zip(files, teacher(x)):
+                file.write(f.cpu().contiguous().numpy())
+                file.flush()
+        except OSError as e:
+            raise UserError(f"no room in --out for the cache: {e}; make some, or use --no-cache")
     arrays = []
     for file, f in zip(files, one):
         shape = (len(samples), *f.shape[1:])
@@ -854,30 +857,32 @@ def save_checkpoint(detector: nn.Module, checkpoint: dict) -> None:
     """Add settings and weights to a checkpoint and write it to checkpoint.pt, whole or not at all:
     neither a kill nor a full disk leaves a half. It holds plain values and tensors:
 
-    config, a dict of Config; weights, by part of the detector, of a trained teacher their hash
-    alone; step and optimizer, to go on from; thresholds, by variant; and of cada.py cada, regress
-    and oracle. Raises UserError if it cannot be written.
+    config, a dict of Config; weights, a state_dict for each part of the detector, but of a trained
+    teacher only a hash; step and optimizer, to go on from; thresholds, by variant; and of cada.py
+    cada, regress and oracle. Raises UserError if it cannot be written.
     """
     checkpoint["config"] = asdict(detector.cfg)
     weights = {name: part.state_dict() for name, part in detector.named_children()}
     if not detector.teacher.random:
-        weights["teacher"] = weights_hash(detector.teacher)
+        weights["teacher"] = detector.teacher.hash
     checkpoint["weights"] = weights
     path = Path(detector.cfg.out, "checkpoint.pt")
     unfinished = path.with_suffix(".partial")
     try:
         torch.save(checkpoint, unfinished)
-    except RuntimeError as e:  # torch's, on a full disk
-        unfinished.unlink()
-        raise UserError(f"no room in --out for the checkpoint: {e}")
+    except RuntimeError as e:  # torch's, on a full disk for instance
+        unfinished.unlink(missing_ok=True)
+        raise UserError(f"no checkpoint could be written to --out: {e}; is there room?")
     os.replace(unfinished, path)  # in one go, by the system
 
 
 def weights_hash(module: nn.Module) -> str:
     """It tells whether a file or a download still holds the weights that it held in training."""
     sha = hashlib.sha256()
-    for tensor in module.state_dict().values():
-        sha.update(tensor.cpu().contiguous().numpy())
+    for name, tensor in module.state_dict().items():
+        # open_clip may have resized this one, which CPUs of another kind round differently.
+        if "positional_embedding" not in name:
+            sha.update(tensor.numpy())
     return sha.hexdigest()
 
 
@@ -889,7 +894,7 @@ def load_weights(detector: nn.Module, checkpoint: dict) -> None:
             weights = checkpoint["weights"][name]
             if name != "teacher" or part.random:
                 part.load_state_dict(weights)
-            elif weights != weights_hash(part):
+            elif weights != part.hash:
                 raise ValueError
         except (KeyError, RuntimeError, TypeError, ValueError):
             raise UserError(f"the checkpoint's {name} does not fit; drop the flags that change it, "
@@ -917,7 +922,7 @@ def images_in(folder: Path, pattern: str) -> list[Path]:
 
 def read_dataset(root: Path, training: bool = True) -> tuple[list, list]:
     """(train, test) samples of a data set; what was found is printed. Without training there need
-    be no training images, and nobody looks at them.
+    be no training images, and they are not opened.
 
     Every file is decoded once: a broken one must stop the run before the training and not after.
     Raises UserError that says what is wrong.
@@ -931,12 +936,14 @@ def read_dataset(root: Path, training: bool = True) -> tuple[list, list]:
     if training and len(train) < 10:  # CADA needs some, and a mistake in the path is more likely
         raise UserError(f"--data {root}: {len(train)} training images, which is too few; put 10 or "
                         "more normal images into <class>/train/good")
+    if not training and not test:
+        raise UserError(f"--data {root}: no test images in <class>/test/<kind>")
     samples = train + test if training else test
     with ThreadPoolExecutor() as pool:  # threads suffice: Pillow decodes without Python's lock
         checks = pool.map(check_files, samples)
         shares = list(tqdm(checks, "checking images", len(samples), leave=False, disable=None))
 
-    # Masks that belong to no image, or mark nothing, would cost the metrics of pixels unseen.
+    # Else the metrics of pixels would be missing or wrong, and nobody would notice.
     truths = paths_in(root, "**/ground_truth")
     if truths and not sum(shares):
         raise UserError(f"{truths[0]}: no mask marks anything on a test image; arrange masks as in "
@@ -945,13 +952,14 @@ def read_dataset(root: Path, training: bool = True) -> tuple[list, list]:
     # Most of what can go wrong with a data set shows in this line.
     masks = [s.mask for s in test if s.mask]
     used = {s.path for s in train + test} | set(masks)
-    others = [p for p in paths_in(root, "**") if p.is_file() and not used & {p, p.parent}]
+    others = [p for p in paths_in(root, "**") if p.is_file()]
+    others = [p for p in others if not used & {p, p.parent}]  # a folder may be a mask
     defective = sum(s.label for s in test)
     share = sum(shares) / max(1, len(masks))
     print(f"{root}:", len({s.cls for s in samples}), "classes,", len(train), "training,",
           len(test) - defective, "good and", defective, "defective test images,", len(masks),
           f"masks with {share:.1%} of their pixels marked;", len(others), "other files",
-          *others[len(others) // 2:][:1], file=sys.stderr)
+          *others[:1], file=sys.stderr)
     return train, test
 
 
@@ -991,14 +999,14 @@ def read_mvtec(root: Path, training: bool) -> tuple[list, list]:
         train += [Sample(path, cls) for path in normal]
 
         masks = images_in(folder, "ground_truth/*/*")
-        masks += sorted({p.parent for p in images_in(folder, "ground_truth/*/*/*")})
-        masks = by_name(masks)
+        masks += {p.parent for p in images_in(folder, "ground_truth/*/*/*")}
+        mask_of = by_name(masks)
         for name, path in by_name(images_in(folder, "test/*/*")).items():
             label = int(path.parent.name.lower() not in GOOD)
-            if label and has_masks and name not in masks:
+            if label and has_masks and name not in mask_of:
                 raise UserError(f"no mask in {folder / 'ground_truth' / name[0]} for {path.name}; "
                                 "add it, or remove all ground_truth")
-            mask = masks.get(name) if label else None
+            mask = mask_of.get(name) if label else None
             test.append(Sample(path, cls, label, mask))
     return train, test
 
@@ -1021,9 +1029,9 @@ def read_visa(root: Path) -> tuple[list, list]:
     mask."""
     samples = {"train": [], "test": []}
     # A spreadsheet may have saved it, with a mark at its start and with semicolons.
-    text = (root / "split_csv/1cls.csv").read_text(encoding="utf-8-sig")
-    delimiter = ";" if ";" in text else ","
-    for row in csv.DictReader(text.splitlines(), delimiter=delimiter):
+    lines = (root / "split_csv/1cls.csv").read_text(encoding="utf-8-sig").splitlines()
+    dialect = csv.Sniffer().sniff(lines[0], delimiters=",;\t")
+    for row in csv.DictReader(lines, dialect=dialect):
         label = int(row["label"] != "normal")
         mask = root / row["mask"] if label else None
         samples[row["split"]].append(Sample(root / row["image"], row["object"], label, mask))
@@ -1040,13 +1048,14 @@ def open_image(path: Path) -> Image.Image:
 
 
 def load_image(path: Path) -> Image.Image:
-    """Any image file as 8-bit RGB. Raises UserError if it cannot be read, or does not tell what is
-    white. Of 16-bit grey values the largest possible one is, and of floats 1."""
+    """Any image file as 8-bit RGB. In grey images of more than 8 bits 65535 is white, and 1 if they
+    are floats. Raises UserError if an image cannot be read, or seems to have another white."""
     image = open_image(path)
     if image.mode == "F" or image.mode.startswith("I"):  # convert() would clip them
         values = np.asarray(image) / (1 if image.mode == "F" else 65535)
-        if values.min() < 0 or not 1 / 16 <= values.max() <= 1:  # 12 bits in 16 make 1 / 16
-            raise UserError(f"{path}: what value is white? Convert it to 8 bits, or to all of 16")
+        if values.min() < 0 or not 1 / 16 <= values.max() <= 1:  # 12 bits in 16 do not reach it
+            raise UserError(f"{path}: its values must lie from 0 to 65535, or to 1 if they are "
+                            "floats, and reach a sixteenth of that; convert it to 8 or 16 bits")
         image = Image.fromarray((255 * values).round().astype(np.uint8))
     return image.convert("RGB")
 
@@ -1056,7 +1065,7 @@ def load_mask(path: Path) -> Image.Image:
     cannot be read.
 
     Defective is what is not 0, since VisA's masks hold numbers from 1 to 9; but where there are
-    values above 127, as in MVTec AD's, these alone, since blur and JPEG leave a hem of small ones.
+    values above 127, as in MVTec AD's, these alone, since blur and JPEG leave small ones around.
     A colour counts by its brightest channel, and what is transparent is black. [ours] D20
     """
     masks = []
@@ -1067,13 +1076,11 @@ def load_mask(path: Path) -> Image.Image:
     return Image.fromarray(np.logical_or.reduce(masks))
 
 
-def load_masks(samples: list[Sample], size: int) -> np.ndarray | None:
-    """Ground truth as bool (N, size, size), or None for a set without masks.
+def load_masks(samples: list[Sample], size: int) -> np.ndarray:
+    """Ground truth as bool (N, size, size). Where there is no mask, nothing is marked.
 
     Binarised first and resized (nearest neighbour) after it: the other way round thin defects blur.
     """
-    if not any(s.mask for s in samples):
-        return None
     masks = np.zeros((len(samples), size, size), bool)
     for i, s in enumerate(samples):
         if s.mask:
@@ -1083,7 +1090,7 @@ def load_masks(samples: list[Sample], size: int) -> np.ndarray | None:
 
 def load_batch(preprocess: Callable, samples: list[Sample]) -> Tensor:
     """Images -> uint8 (B, 3, S, S)."""
-    return torch.stack([preprocess(load_image(s.path)) for s in samples]).contiguous()
+    return torch.stack([preprocess(load_image(s.path)) for s in samples])
 
 
 def image_batches(detector: nn.Module, samples: list[Sample],
@@ -1099,8 +1106,8 @@ def image_batches(detector: nn.Module, samples: list[Sample],
     workers = min(cfg.workers, os.cpu_count() or 1)
     if len(batches) == 1:  # to start a process would take longer
         workers = 0
-    # Workers send bytes through shared memory. Where it is full, as it soon is in a container, they
-    # would wait for ever, hence the timeout, in seconds.
+    # Workers send uint8, a quarter of float32, through shared memory, of which a container has
+    # little. If it is full this process would wait for ever: hence the timeout, in seconds.
     loader = DataLoader(
         samples, batch_sampler=batches, collate_fn=partial(load_batch, detector.preprocess),
         num_workers=workers, pin_memory=device.type == "cuda", timeout=300 if workers else 0)
@@ -1170,7 +1177,7 @@ def ranking_metrics(kind: str, scores: np.ndarray, positive: np.ndarray) -> dict
 
 
 def summarise(scores: np.ndarray, labels: np.ndarray, classes: np.ndarray, maps: np.ndarray,
-              masks: np.ndarray | None) -> dict:
+              masks: np.ndarray) -> dict:
     """All metrics by both protocols: {class: {}, ..., "class mean": {}, "pooled": {}}.
 
     pooled: all classes in one ranking, as one threshold sees them (absolute-unified).
@@ -1179,10 +1186,9 @@ def summarise(scores: np.ndarray, labels: np.ndarray, classes: np.ndarray, maps:
     or without defective images has no such metric, and does not count.
     """
     def metrics(rows: np.ndarray) -> dict:
-        found = ranking_metrics("I", scores[rows], labels[rows] == 1)
-        if masks is not None:
-            found |= ranking_metrics("P", maps[rows], masks[rows])
-        return found
+        of_images = ranking_metrics("I", scores[rows], labels[rows] == 1)
+        of_pixels = ranking_metrics("P", maps[rows], masks[rows])  # {} without masks
+        return of_images | of_pixels
 
     results = {str(c): metrics(classes == c) for c in np.unique(classes)}
     pooled = metrics(np.ones(len(scores), bool))
@@ -1204,21 +1210,22 @@ def report(cfg: Config, samples: list[Sample], variants: dict, thresholds: dict,
     """Print and write how well the maps of some variants tell good from defective samples. Returns
     image scores (N,) and metrics, both by variant.
 
-    variants: by name a function that returns smoothed maps (N, S, S), of which one at a time is in
-    memory; thresholds: by variant, of which `decides` is the one that flags images; scales: the
-    values that are white in heatmaps.png, of the variants that it shows. No number here was chosen
-    by a test label, except for the maxima of F1, which say what the best threshold would have been.
+    variants: by name a function that computes smoothed maps (N, S, S), called one after the other,
+    since maps are large; thresholds: by variant, of which `decides` is the one that flags images;
+    scales: the values that are brightest in heatmaps.png, of the variants that it shows. No number
+    here was chosen by a test label, except for the maxima of F1, which say what the best threshold
+    would have been.
     """
     labels = np.array([s.label for s in samples])
     classes = np.array([s.cls for s in samples])
+    masks = load_masks(samples, variants[decides]().shape[-1])
     scores = {}
     results = {}
     for variant, compute_maps in variants.items():
         maps = compute_maps()
-        if not scores:  # only now is the size known
-            masks = load_masks(samples, maps.shape[-1])
         scores[variant] = image_score(maps).numpy()
         results[variant] = summarise(scores[variant], labels, classes, maps.numpy(), masks)
+        del maps  # before the next are computed
 
     print_table(results)
     flagged = scores[decides] > thresholds[decides]
@@ -1257,13 +1264,14 @@ def write_scores(path: Path, samples: list[Sample], scores: dict, flagged: np.nd
             writer.writerow([s.path, s.cls, s.label, *values, flagged[i]])
 
 
-def plot_heatmaps(path: Path, samples: list[Sample], masks: np.ndarray | None, variants: dict,
+def plot_heatmaps(path: Path, samples: list[Sample], masks: np.ndarray, variants: dict,
                   scales: dict) -> None:
-    """A column an image: of each class, at most 12, the middle good and the middle defective one,
-    which nobody picked. Below it the ground truth, and its maps in the variants that have a scale.
+    """A column an image: of each class the middle good and the middle defective one, which nobody
+    picked, at most 24 in all. Below it the ground truth, and its maps in the variants that have a
+    scale.
 
-    All maps in a row have the same fixed scale, from 0, black, on: to scale each image by itself
-    would paint good images in the colours of defects.
+    All maps in a row have the same fixed scale, black at 0: to scale each image by itself would
+    paint good images in the colours of defects.
     """
     groups = {}
     for i, s in enumerate(samples):
@@ -1272,11 +1280,12 @@ def plot_heatmaps(path: Path, samples: list[Sample], masks: np.ndarray | None, v
     images = {i: load_image(samples[i].path).resize((160, 160)) for i in columns}
 
     rows = [("image", images, None)]  # name, pictures by index, scale
-    if masks is not None:
+    if masks.any():
         rows.append(("ground truth", masks, 1))
     for variant, scale in scales.items():
         maps = variants[variant]()
-        rows.append((f"{variant} map\n0 to {scale:.3g}", {i: maps[i] for i in columns}, scale))
+        pictures = {i: maps[i].clone() for i in columns}
+        rows.append((f"{variant} map\n0 to {scale:.3g}", pictures, scale))
 
     size = (1.1 * len(columns) + 2, 1.1 * len(rows) + 0.5)  # inches
     figure = Figure(figsize=size, layout="constrained")
@@ -1300,8 +1309,8 @@ def write_predictions(cfg: Config, threshold: float, anomaly_maps: Callable) -> 
     on it. anomaly_maps: samples -> smoothed maps (N, S, S).
 
     A map's value of 0 is clear and twice the threshold is the hottest, in every image. A file that
-    cannot be scored is told of, and the others are scored all the same. Raises UserError in the end
-    if there was one.
+    cannot be scored is reported, and the others are scored all the same. Raises UserError in the
+    end if there was one.
     """
     files = []
     for path in map(Path, cfg.paths):
@@ -1327,7 +1336,7 @@ def write_predictions(cfg: Config, threshold: float, anomaly_maps: Callable) -> 
         image = load_image(path)
         overlay = Image.fromarray(colours).resize(image.size)
         image.paste(overlay, mask=overlay)
-        # A name may have 255 bytes, and its end keeps it from being scored in the next run.
+        # A name may have 255 bytes at most. By its suffix the next run knows that it is ours.
         target = folder / f"{i:04}-{path.stem[:50]}{OVERLAY}"
         image.save(target)
         print(json.dumps({"path": str(path), "score": score, "threshold": threshold,
@@ -1409,11 +1418,12 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        if name == "cuda":  # torchrun counts the processes of one machine
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.empty(0, device=name)
     except (AssertionError, RuntimeError):  # each back end has its own
         raise UserError(f"--device {name}: not on this machine; use --device auto")
-    if name == "cuda":  # torchrun counts the processes of one machine
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if name == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
         torch.backends.cudnn.deterministic = True  # convolutions repeat; not all else does
     return torch.device(name)
@@ -1443,12 +1453,13 @@ def run(argv: list[str], published: Config, demo: dict, visa: dict, build_detect
     if cfg.command != "predict":
         normal, test = read_dataset(Path(cfg.data), training)
     detector = build_detector(cfg, checkpoint)
-    prepare_out(cfg)
+    if RANK == 0:
+        prepare_out(cfg)
 
     if training:
         kept, held = hold_out(cfg, normal)
         checkpoint = train(detector, kept, checkpoint)
-    if RANK > 0:  # of torchrun's processes the first goes on alone
+    if RANK > 0:  # of torchrun's processes only the first evaluates and writes
         return
     if training:
         align(detector, normal, held, checkpoint)
