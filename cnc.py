@@ -1177,9 +1177,9 @@ def image_batches(detector: nn.Module, samples: list[Sample],
     # little. If it is full this process would wait for ever: hence the timeout, in seconds.
     loader = DataLoader(
         samples, batch_sampler=batches, collate_fn=partial(load_batch, detector.preprocess),
-        num_workers=workers, pin_memory=device.type == "cuda", timeout=300 if workers else 0)
+        num_workers=workers, timeout=300 if workers else 0)
     for x in tqdm(loader, "images", leave=False, disable=bar_off):
-        yield detector.standardise(x.to(device, non_blocking=loader.pin_memory))
+        yield detector.standardise(x.to(device))
 # ==== end shared
 
 
@@ -1456,10 +1456,8 @@ def read_command_line(argv: list[str] | None, published: Config, demo: dict,
         except Exception as e:  # no such file, no checkpoint, a malicious or another script's, ...
             raise UserError(f"--checkpoint {path}: {str(e)[:100]}; name one that this script (and "
                             "--base) wrote, or train first")
-        out = str(path.parent)
-        if cfg.command == "train" and not cfg.resume:
-            out = published.out
-        defaults = replace(defaults, out=out)
+        new = cfg.command == "train" and not cfg.resume
+        defaults = replace(defaults, out=published.out if new else str(path.parent))
 
     cfg = tyro.cli(config, args=argv, default=defaults)
     # The checkpoint must find both again from any folder.
