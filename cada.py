@@ -771,7 +771,7 @@ def plot_distributions(path: Path, samples: list[Sample], scores: dict, results:
         auroc = results[variant]["pooled"].get("I-AUROC", math.nan)
         ax.set_title(f"{variant}: pooled I-AUROC {auroc:.1%}")
         ax.set_xlabel("image score")
-    ax.invert_yaxis()  # of both panels
+    ax.set_ylim(len(names) - 0.5, -0.5)  # of both panels; downwards
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=150, bbox_inches="tight")
 
