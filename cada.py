@@ -791,8 +791,8 @@ def hold_out(cfg: Config, samples: list[Sample]) -> tuple[list, list]:
     if lost:
         print("--holdout keeps back all training images of", *sorted(lost), file=sys.stderr)
     if len(held) < 99:
-        print("threshold: the highest score of", len(held), "normal images, since a 0.99 quantile "
-              "takes 99", file=sys.stderr)
+        print("threshold: the highest score of", len(held), "normal images; for at most 1 % of "
+              "false alarms it takes 99", file=sys.stderr)
     return kept, held
 
 
@@ -928,7 +928,7 @@ def read_dataset(root: Path, training: bool = True) -> tuple[list, list]:
     Raises UserError that says what is wrong.
     """
     if not root.is_dir():
-        raise UserError(f"--data {root}: no such folder")
+        raise UserError(f"--data {root}: no such folder; give its place, also if it has moved")
     if (root / "split_csv/1cls.csv").is_file():
         train, test = read_visa(root)
     else:
@@ -958,7 +958,7 @@ def read_dataset(root: Path, training: bool = True) -> tuple[list, list]:
     share = sum(shares) / max(1, len(masks))
     print(f"{root}:", len({s.cls for s in samples}), "classes,", len(train), "training,",
           len(test) - defective, "good and", defective, "defective test images,", len(masks),
-          f"masks with {share:.1%} of their pixels marked;", len(others), "other files",
+          f"masks with {share:.1%} of their pixels marked;", len(others), "files not used",
           *others[:1], file=sys.stderr)
     return train, test
 
@@ -995,7 +995,8 @@ def read_mvtec(root: Path, training: bool) -> tuple[list, list]:
         cls = folder.name.encode(errors="replace").decode()  # printable, whatever the system wrote
         normal = [p for p in images_in(folder, "train/*/*") if p.parent.name.lower() in GOOD]
         if training and not normal:
-            raise UserError(f"no training images in {folder / 'train/good'}; put normal ones there")
+            raise UserError(f"no training images in {folder / 'train/good'}; put normal ones "
+                            "there, and not into folders below")
         train += [Sample(path, cls) for path in normal]
 
         masks = images_in(folder, "ground_truth/*/*")
@@ -1005,7 +1006,7 @@ def read_mvtec(root: Path, training: bool) -> tuple[list, list]:
             label = int(path.parent.name.lower() not in GOOD)
             if label and has_masks and name not in mask_of:
                 raise UserError(f"no mask in {folder / 'ground_truth' / name[0]} for {path.name}; "
-                                "add it, or remove all ground_truth")
+                                "add it, remove all ground_truth, or call a folder good")
             mask = mask_of.get(name) if label else None
             test.append(Sample(path, cls, label, mask))
     return train, test
@@ -1044,7 +1045,7 @@ def open_image(path: Path) -> Image.Image:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image)
     except Exception as e:  # Pillow's readers raise many kinds for a broken file
-        raise UserError(f"cannot read image {path}: {e}; repair, replace or remove it")
+        raise UserError(f"cannot read image {path}: {e}; repair, convert or remove it")
 
 
 def load_image(path: Path) -> Image.Image:
@@ -1317,7 +1318,7 @@ def write_predictions(cfg: Config, threshold: float, anomaly_maps: Callable) -> 
         files += images_in(path, "**") if path.is_dir() else [path]
     files = [p for p in files if not p.name.endswith(OVERLAY)]
     if not files:
-        raise UserError(f"no images in {', '.join(cfg.paths)}; name an image or a folder of images")
+        raise UserError(f"no images that Pillow reads in {', '.join(cfg.paths)}; name some")
     folder = Path(cfg.out, "predict")
     folder.mkdir(parents=True, exist_ok=True)
     failed = []

@@ -830,13 +830,13 @@ def test_reads_a_raw_visa_tree(visa):
 
 
 CLEAN = ("{tree}: 2 classes, 20 training, 6 good and 6 defective test images, 6 masks with 4.9% "
-         "of their pixels marked; 0 other files")
+         "of their pixels marked; 0 files not used")
 MESSY_DATA = [  # (what is done to the data set, what must be printed of it)
     ("", CLEAN),
     ("mkdir a/test/.ipynb; cp a/test/hole/* a/test/.ipynb", CLEAN),
     ("mv a/test/good a/test/OK; mv b/test/good b/test/Normal; mv a/train/good a/train/ok", CLEAN),
     ("cd a/ground_truth/hole; mkdir 000; mv 000_mask.png 000/1.png; cp 000/1.png 000/2.png", CLEAN),
-    ("touch a/train/good/000.heic", "; 1 other files {tree}/a/train/good/000.heic"),
+    ("touch a/train/good/000.heic", "; 1 files not used {tree}/a/train/good/000.heic"),
     ("mv a/train/good a/train/deep; mkdir a/train/good; mv a/train/deep a/train/good",
      "no training images in {tree}/a/train/good"),
     ("rm -r a/train", "no training images in {tree}/a/train/good"),
@@ -1195,7 +1195,7 @@ def test_what_holdout_costs_is_told(capsys):
     cada.hold_out(cada.Config(), samples)
     told = capsys.readouterr().err
     assert re.search(r"keeps back all training images of class \d\n", told)
-    assert "of 1 normal images, since a 0.99 quantile takes 99" in told
+    assert "of 1 normal images; for at most 1 % of false alarms it takes 99" in told
     scores = torch.arange(99.0)
     assert cada.conformal_threshold(scores) == cada.conformal_threshold(scores[:98]) + 1 == 98
     cada.hold_out(cada.Config(), samples * 99)
