@@ -850,7 +850,7 @@ def explain_all(detector: CNC, samples: list[Sample]) -> dict:
 def hold_out(cfg: Config, samples: list[Sample]) -> tuple[list, list]:
     """Normal images to train on, and those kept back at random for the threshold, because the
     decoder knows the former too well. With --holdout 0 all images are trained on, and the
-    threshold, taken from the same, comes out too low. [ours] D1"""
+    threshold, taken from the same, comes out too low. What this costs is printed. [ours] D1"""
     kept, held = samples, samples
     if cfg.holdout > 0:
         kept, held = train_test_split(samples, test_size=cfg.holdout, random_state=cfg.seed)
@@ -1270,8 +1270,8 @@ def summarise(scores: np.ndarray, labels: np.ndarray, classes: np.ndarray, maps:
 
 
 # ==== shared: report
-# Each thing that is printed or written has a function. The table comes first: no picture that fails
-# may cost the numbers.
+# What is printed and written of test images. The table comes first: no picture that fails may cost
+# the numbers.
 
 def report(cfg: Config, samples: list[Sample], variants: dict, thresholds: dict, decides: str,
            scales: dict) -> tuple[dict, dict]:
@@ -1469,13 +1469,17 @@ def read_command_line(argv: list[str] | None, published: Config, demo: dict,
 
 
 def prepare_out(cfg: Config) -> None:
-    """Make --out. A training removes the report of an earlier one, which could be taken for its own
-    if it stops half-way or has no test images. The old checkpoint stays until there is a new one.
+    """Make --out. A training first removes what an earlier one left there, which could be taken for
+    its own if it stops half-way or has no test images; but not the checkpoint that it starts from.
     """
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    stale = []
     if cfg.command == "train":
-        for name in ("scores.csv", "metrics.json", "heatmaps.png", "distributions.png"):
-            Path(cfg.out, name).unlink(missing_ok=True)
+        stale = ["scores.csv", "metrics.json", "heatmaps.png", "distributions.png"]
+        if not cfg.resume and not cfg.checkpoint:
+            stale.append("checkpoint.pt")
+    for name in stale:
+        Path(cfg.out, name).unlink(missing_ok=True)
 
 
 def choose_device(name: str) -> torch.device:

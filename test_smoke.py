@@ -1069,13 +1069,16 @@ def test_any_flag_overrides_the_checkpoint(trained, data, tmp_path):
 
 
 def test_control_c_ends_in_one_line(data, tmp_path, monkeypatch, capsys):
-    """Ctrl-C is no crash: the exit code is 130, as in a shell."""
+    """Ctrl-C is no crash: the exit code is 130, as in a shell. The checkpoint of an earlier run is
+    gone by then, so that nobody resumes that one by mistake."""
+    (tmp_path / "checkpoint.pt").write_text("of an earlier training")
     def press(*args):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cada.RevDist, "forward", press)
     assert run(cada, "--data", data, "--out", tmp_path, *FLAGS[cada]) == 130
     assert capsys.readouterr().err.splitlines()[-1].startswith("cada.py: error: interrupted")
+    assert not files_in(tmp_path)
 
 
 def test_threshold_comes_from_images_kept_back(data, trained):
