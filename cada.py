@@ -1,16 +1,18 @@
-r"""CADA: one detector, one threshold, no class labels (arXiv:2404.00724), on RevDist (2201.10703).
+r"""CADA: one detector, one threshold, no class labels (arXiv:2404.00724), on RevDist.
 
 Guo, Han, Lu, Zhang, Li. Absolute-Unified Multi-Class Anomaly Detection via Class-Agnostic
 Distribution Alignment, 2024. This is a reconstruction from public facts, and every choice says
-where it comes from: [paper] is stated there, [author] was seen in public code of its first author,
-[ours] is a reading of ours. D1, D2, ... number these readings in the README's list of departures.
+where it comes from: [paper] is stated in the paper's abstract, captions or results; [author] was
+seen in public code of its first author (github.com/guojiajeremy/ReContrast); [ours] is a reading of
+ours. D1, D2, ... number our readings in the README's list of departures.
 
 The idea. A detector that was trained on many classes scores each of them on a scale of its own: a
-normal slab of granite scores higher than a torn wire grid. So no single threshold can serve all
-classes, and a ranking of all images together is hopeless. CADA looks at the image and predicts two
-numbers: the mean u and the maximum gamma that anomaly maps of *normal* images of its class have.
-It then rescales the map by them. No class label is used, neither in training nor at test. The
-detector is not changed, so nearly any detector will do.
+normal slab of granite may score higher than a torn wire grid. So no single threshold serves all
+classes, and a ranking of all images together is poor. CADA looks at the image and predicts two
+numbers: the mean u and the typical maximum gamma of an anomaly map of a *normal* image of its
+class. It then rescales the map by them. No class label is used, neither in training nor at test.
+The detector is not changed, so nearly any detector will do. The one here is RevDist, which is the
+paper's name for RD, reverse distillation (Deng and Li, CVPR 2022, arXiv:2201.10703).
 
     image (B, 3, S, S)
       |
@@ -25,6 +27,8 @@ detector is not changed, so nearly any detector will do.
                                                                         |
                                     Gaussian blur, mean of the highest 1 % ---> image score (B,)
 
+The code blurs before it aligns, which gives the same (see `smooth`).
+
 From paper to code:
 
     RevDist, the base detector [paper]           Teacher, Student, RevDist
@@ -32,37 +36,38 @@ From paper to code:
     anomaly map A [author]                       RevDist.describe
     prediction of (u, gamma) [paper]             CADA.fit, CADA.predict; form: [ours] D5, D6
     alignment A' [author]                        normalise
-    Fig. 4(a), labels known: the "oracle"        align, aligned_maps; [ours] D7
-    absolute-unified evaluation [paper]          the rows "pooled" of summarise
+    Fig. 4(a), labels known: the "oracle"        calibrate, aligned_maps; [ours] D7
+    absolute-unified evaluation [paper]          the rows "pooled" of the table
 
-Read it from the top. The method comes first, in the order in which an image passes through it;
-then come training and evaluation, and after them what every such script needs. Sections between
-`shared` banners stand in cnc.py letter for letter.
+Read it from the top. Down to the appendix it is the paper: the method, in the order in which an
+image passes through it, then training and evaluation. The appendix is what any such script needs.
+Sections between `shared` banners stand in cnc.py letter for letter.
 
     python cada.py                                     train and evaluate; without data/mvtec and
                                                        data/visa on the small set in data/demo
     python cada.py --data DIR                          on MVTec AD, VisA, or a tree of your own
     python cada.py eval --checkpoint FILE              the same numbers again
     python cada.py predict PATH ... --checkpoint FILE  score images, write heat maps
-    python cada.py --base cnc [--checkpoint FILE]      on CNC (cnc.py), trained before or now
+    python cada.py --cnc FILE                          on the CNC in a checkpoint of cnc.py
     torchrun --nproc-per-node=N cada.py ...            train on N GPUs
 """
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import math
 import os
+import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from glob import glob
 from pathlib import Path
 from typing import Literal
+
+os.environ.pop("MPLBACKEND", None)  # figures are files here; a notebook's backend may be missing
 
 import numpy as np
 import torch
@@ -77,46 +82,11 @@ from sklearn.cluster import KMeans
 from sklearn.linear_model import RidgeCV
 from sklearn.model_selection import KFold, cross_val_predict, train_test_split
 from torch import Tensor, distributed, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.transforms import Compose, ConvertImageDtype, Normalize, PILToTensor, Resize
 from tqdm import tqdm
 from tyro.conf import Positional
-
-HERE = Path(__file__).resolve().parent
-
-
-# ==== shared: words used throughout
-# These words are used by both scripts throughout.
-
-@dataclass(frozen=True)
-class Sample:
-    """One image of a data set. No model sees its class `cls`, which serves the report and, in
-    cada.py, a comparison with one who knows it."""
-
-    path: Path
-    cls: str = ""
-    label: int = 0  # 1 is anomalous; told by the folder, since a resized mask may lose a defect
-    mask: Path | None = None
-
-
-class UserError(Exception):
-    """A mistake that the user can mend. main() prints its one line and ends with exit code 2."""
-
-
-def autocast(x: Tensor, dtype: torch.dtype) -> torch.autocast:
-    """A context in which matrix products and convolutions run in half precision, if x is on a GPU
-    that can. [ours] D18
-
-    Elsewhere it does nothing: not every CPU has a fast half precision, and a V100 only emulates
-    bfloat16.
-    """
-    able = dtype == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast("cuda", dtype, enabled=x.is_cuda and able)
-
-
-MOST_CLASSES = 12  # that a picture shows
-# ==== end shared
 
 
 # ---- settings ------------------------------------------------------------------------------------
@@ -127,22 +97,11 @@ MOST_CLASSES = 12  # that a picture shows
 class Config:
     """Train and evaluate CADA on RevDist, evaluate a checkpoint again, or score images with it.
 
-    The defaults are for MVTec AD and VisA. They train RevDist as CADA's first author trains it in
-    public code, which was written for a sibling model [author]. On data/demo a smaller teacher and
-    fewer steps replace them. With a checkpoint, its settings are the defaults instead.
-
-    The flag --base cnc, which is read before all others, puts CADA on CNC in place of RevDist. The
-    other flags are then those of cnc.py: python cada.py --base cnc --help.
+    The defaults are for MVTec AD and VisA. They train RevDist as CADA's first author trains a
+    sibling of it in public code [author]. On data/demo a smaller teacher and fewer steps replace
+    them. With a checkpoint, its settings are the defaults instead.
     """
 
-    # train (and evaluate), evaluate a checkpoint, or predict: score images of unknown label
-    command: Positional[Literal["train", "eval", "predict"]] = "train"
-    paths: Positional[tuple[str, ...]] = ()  # for predict: images, or folders of images
-    data: str = ""  # data set folder; if not given: data/mvtec, else data/visa, else data/demo
-    out: str = "runs/cada"  # folder for everything that is written
-    seed: int = 0  # it decides the weights, the batches, the images held out and CADA's levels
-    # auto: a GPU of NVIDIA's if there is one, else the CPU; mps: Apple's GPU
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     teacher: str = "wide_resnet50_2"  # frozen ResNet of torchvision's; this one is RD's
     weights: str = "IMAGENET1K_V1"  # of the teacher: torchvision tag, file, or none: random
     # sides in pixels of the square that images are squashed to, a multiple of 32; 256 is RD's
@@ -150,32 +109,35 @@ class Config:
     batch_size: int = 16  # images a training step [author], of all processes of torchrun together
     iters: int = 5000  # training steps of the detector [author]
     lr: float = 2e-3  # AdamW learning rate, x 0.2 at 80 % of the steps [author]
-    # share of the training images that is kept back for the threshold; 0: none [ours] D1
+    # checkpoint of cnc.py: CADA aligns the CNC in it in place of RevDist, and trains no detector
+    cnc: str = ""
+
+    # train (and evaluate), evaluate a checkpoint, or predict: score images of unknown label
+    command: Positional[Literal["train", "eval", "predict"]] = "train"
+    paths: Positional[tuple[str, ...]] = ()  # for predict: images, or folders of images
+    data: str = ""  # data set folder; if not given: data/mvtec, else data/visa, else data/demo
+    out: str = "runs/cada"  # folder for everything that is written; with --cnc runs/cada-on-cnc
+    seed: int = 0  # it decides the weights, the batches, the images held out and CADA's levels
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one, else the CPU
+    # share of the training images that is kept back for the threshold; 0: none [ours] D9
     holdout: float = 0.1
     # compute the teacher's features of the training images once, into an unnamed file in --out;
     # --no-cache computes them anew in every step [ours] D2
     cache: bool = True
     workers: int = 4  # processes that read images; there are never more than CPU cores
-    # what eval, predict and --resume read (default: checkpoint.pt in --out); given to train
-    # without --resume, the training goes on from it in another --out
+    # what eval, predict and --resume read; if not given: checkpoint.pt in --out
     checkpoint: str = ""
     resume: bool = False  # go on with an interrupted training
 
-    def __post_init__(self) -> None:
-        """Raises UserError for values that would otherwise fail late, or not at all."""
-        if not 0 <= self.seed < 2**32:
-            raise UserError("--seed: give a whole number from 0 to 4294967295")
-        if self.image_size < 64 or self.image_size % 32:
-            raise UserError("--image-size: give a multiple of 32 from 64 on, such as 256")
-        if self.batch_size < 1:
-            raise UserError("--batch-size: give at least 1")
-        if self.iters < 1:
-            raise UserError("--iters: give at least 1")
-        if not 0 <= self.holdout <= 0.9:
-            raise UserError("--holdout: give a share from 0 to 0.9")
+    def check(self) -> None:
+        """Raises UserError for what RANGES cannot say."""
+        if self.image_size % 32:
+            raise UserError("--image-size: give a multiple of 32, such as 256")
 
 
-# On the demo set two CPU cores are enough. [ours] D3
+RANGES = {"image_size": (64, 4096), "batch_size": (1, 10**6), "iters": (1, 10**9), "lr": (0, 1),
+          "seed": (0, 2**32 - 1), "holdout": (0, 0.9), "workers": (0, 1000)}
+# On the demo set two CPU cores are enough. [ours] D1
 DEMO = {"teacher": "resnet18", "weights": "none", "image_size": 128, "iters": 200, "workers": 0}
 
 
@@ -186,19 +148,17 @@ DEMO = {"teacher": "resnet18", "weights": "none", "image_size": 128, "iters": 20
 class Teacher(nn.Module):
     """RevDist's teacher, as in RD: a ResNet up to layer3, without gradients, always in eval mode.
 
-    forward: (B, 3, S, S) -> [(B, C1, S/4, S/4), (B, C2, S/8, S/8), (B, C3, S/16, S/16)], float16.
-    RevDist reads nothing of layer4, so layer4 is not run. The features are in half precision
-    whether they are cached or not, so that --no-cache changes the time and, but for rounding,
-    nothing else; in float16 and not bfloat16, because after BatchNorm values are small and want
-    digits more than range. [ours] D2
+    forward: (B, 3, S, S) -> [(B, C1, S/4, S/4), (B, C2, S/8, S/8), (B, C3, S/16, S/16)].
+    RevDist reads nothing of layer4, so layer4 is not run. The features are float16, so that they
+    can be stored: after BatchNorm they are small, and want the digits of float16 more than the
+    range of bfloat16. [ours] D2
     Raises UserError for an unknown name, and for weights that cannot be had or do not fit.
     """
 
     def __init__(self, name: str, weights: str, seed: int) -> None:
         super().__init__()
         self.random = weights == "none"
-        # The teacher of a seed is the same whatever was drawn before it, and nothing that is drawn
-        # after it, the student's weights above all, depends on the teacher.
+        # A random stream of its own: teacher and student do not depend on each other's draws.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             try:
@@ -211,7 +171,6 @@ class Teacher(nn.Module):
         self.layer1 = resnet.layer1
         self.layer2 = resnet.layer2
         self.layer3 = resnet.layer3
-        self.hash = None if self.random else weights_hash(self)
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> nn.Module:
@@ -225,17 +184,6 @@ class Teacher(nn.Module):
             f2 = self.layer2(f1)
             f3 = self.layer3(f2)
         return [f1.half(), f2.half(), f3.half()]
-
-    def estimate_statistics(self, batches: Iterable) -> None:
-        """Give a random teacher the BatchNorm statistics of the training images. [ours] D3
-
-        Fresh statistics (mean 0, variance 1) let the activations of a random ResNet drift from
-        layer to layer, until all images look alike.
-        """
-        layers = nn.Sequential(self.stem, self.layer1, self.layer2, self.layer3).eval()
-        # PyTorch's own function for it: a plain mean over all batches, not a moving one. It runs
-        # the layers in train mode, and puts them back into eval mode.
-        torch.optim.swa_utils.update_bn(batches, layers)
 
 
 def load_resnet(name: str, weights: str) -> ResNet:
@@ -256,29 +204,33 @@ def load_resnet(name: str, weights: str) -> ResNet:
 
 def residual_stage(resnet: ResNet, in_channels: int, planes: int, depth: int,
                    up: bool) -> nn.Sequential:
-    """`depth` residual blocks of the kind that `resnet` has. The first one halves height and width,
-    or doubles them if `up`: (B, in_channels, H, W) -> (B, planes * expansion, H/2, W/2 or 2H, 2W).
+    """`depth` residual blocks of the kind that `resnet` has. The first block halves height and
+    width, or doubles them if `up`:
+    (B, in_channels, H, W) -> (B, planes * expansion, H/2, W/2 or 2H, 2W).
 
-    A stage that doubles is the mirror image of one that halves: where its first block would have a
-    convolution of stride 2, in the main path and in the shortcut, it has a 2x2 transposed one.
+    Only the first block differs from torchvision's, and only in two layers:
+
+                                 down (torchvision's own)   up (the mirror image)
+        shortcut                 1x1, stride 2              2x2 transposed, stride 2
+        BasicBlock's conv1       3x3, stride 2              2x2 transposed, stride 2
+        or Bottleneck's conv2    3x3, stride 2              2x2 transposed, stride 2
     """
     block = type(resnet.layer1[0])  # BasicBlock (expansion 1) or Bottleneck (expansion 4)
     options = {"groups": resnet.groups, "base_width": resnet.base_width}  # ResNeXt, Wide ResNet
     out_channels = planes * block.expansion
+    double = partial(nn.ConvTranspose2d, kernel_size=2, stride=2, bias=False)
     if up:
-        shortcut = nn.ConvTranspose2d(in_channels, out_channels, 2, stride=2, bias=False)
+        shortcut = double(in_channels, out_channels)
     else:
         shortcut = nn.Conv2d(in_channels, out_channels, 1, stride=2, bias=False)
     shortcut = nn.Sequential(shortcut, nn.BatchNorm2d(out_channels))
-    first = block(in_channels, planes, stride=2, downsample=shortcut, **options)
 
-    # torchvision's BasicBlock has its stride in conv1, its Bottleneck in conv2, the 3x3 one.
+    first = block(in_channels, planes, stride=2, downsample=shortcut, **options)
     if up and block is BasicBlock:
-        first.conv1 = nn.ConvTranspose2d(in_channels, planes, 2, stride=2, bias=False)
+        first.conv1 = double(in_channels, planes)
     elif up:
         width = first.conv2.in_channels
-        first.conv2 = nn.ConvTranspose2d(width, width, 2, stride=2, groups=resnet.groups,
-                                         bias=False)
+        first.conv2 = double(width, width, groups=resnet.groups)
 
     others = [block(out_channels, planes, **options) for _ in range(depth - 1)]
     return nn.Sequential(first, *others)
@@ -288,17 +240,17 @@ class Student(nn.Module):
     """What RevDist trains, in RD's shapes: fusion, one-class bottleneck (OCBE), mirrored decoder.
 
     forward: the teacher's [(B, C1, S/4, S/4), (B, C2, S/8, S/8), (B, C3, S/16, S/16)] -> the same
-    shapes, reproduced from a code of (B, 2 * C3, S/32, S/32). The code is the bottleneck: it holds
-    a fourteenth of the numbers that are to be reproduced. Only the shapes mirror the teacher's:
-    the weights start at random, so that nothing but training can make the two agree.
+    shapes, reproduced from a bottleneck of (B, 2 * C3, S/32, S/32), which holds a fourteenth of the
+    numbers that are to be reproduced. Only the shapes mirror the teacher's: the weights start at
+    random, so that nothing but training can make the two agree.
     83.80 M parameters for wide_resnet50_2: fusion 10.62, bottleneck 48.26, decoder 24.92.
     """
 
     def __init__(self, teacher_name: str) -> None:
         super().__init__()
         with torch.device("meta"):  # only its layout is read, so no memory is spent on it
-            like = torchvision.models.get_model(teacher_name, weights=None)
-        expansion = type(like.layer1[0]).expansion
+            layout = torchvision.models.get_model(teacher_name, weights=None)
+        expansion = type(layout.layer1[0]).expansion
         c1 = 64 * expansion
         c2 = 128 * expansion
         c3 = 256 * expansion
@@ -308,13 +260,13 @@ class Student(nn.Module):
         halve = partial(torchvision.ops.Conv2dNormActivation, kernel_size=3, stride=2)
         self.fuse1 = nn.Sequential(halve(c1, c2), halve(c2, c3))
         self.fuse2 = halve(c2, c3)
-        self.bottleneck = residual_stage(like, 3 * c3, 512, len(like.layer4), up=False)
+        self.bottleneck = residual_stage(layout, 3 * c3, 512, len(layout.layer4), up=False)
 
-        # RD's depths run in ResNet's order, from the deepest features on: these are rebuilt by as
-        # many blocks as layer1 has (3 of 3, 4, 6), and not by as many as layer3 has.
-        self.decode3 = residual_stage(like, 2 * c3, 256, len(like.layer1), up=True)
-        self.decode2 = residual_stage(like, c3, 128, len(like.layer2), up=True)
-        self.decode1 = residual_stage(like, c2, 64, len(like.layer3), up=True)
+        # The numbers of blocks run 3, 4, 6 as in the encoder: decode3, the first to run, has as
+        # many as layer1, not as layer3. That is how RD's code has it.
+        self.decode3 = residual_stage(layout, 2 * c3, 256, len(layout.layer1), up=True)
+        self.decode2 = residual_stage(layout, c3, 128, len(layout.layer2), up=True)
+        self.decode1 = residual_stage(layout, c2, 64, len(layout.layer3), up=True)
 
         for m in self.modules():
             if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
@@ -323,12 +275,14 @@ class Student(nn.Module):
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         f1, f2, f3 = features
         fused = torch.cat([self.fuse1(f1), self.fuse2(f2), f3], dim=1)  # (B, 3 * C3, S/16, S/16)
-        code = self.bottleneck(fused)  # (B, 2 * C3, S/32, S/32)
-        d3 = self.decode3(code)
+        squeezed = self.bottleneck(fused)  # (B, 2 * C3, S/32, S/32)
+        d3 = self.decode3(squeezed)
         d2 = self.decode2(d3)
         d1 = self.decode1(d2)
         return [d1, d2, d3]
 
+
+# ---- RevDist -------------------------------------------------------------------------------------
 
 class RevDist(nn.Module):
     """Reverse distillation, the detector under CADA: its name is [paper], its shapes are RD's.
@@ -338,18 +292,21 @@ class RevDist(nn.Module):
     How far it fails on *normal* images differs from class to class: a regular wire grid is easy to
     reproduce, and granite is not. That is the problem that CADA solves.
 
-    CADA and the shared code need this much of a detector: `preprocess` turns an image into a uint8
-    tensor; `standardise` turns a batch of them, on the device, into the input of `teacher`, which
-    gives frozen features; called on these, the detector gives the loss, and `describe` turns them
-    into pooled features and a raw anomaly map.
+    This is all that CADA and the shared code ask of a detector:
+
+        preprocess     image -> uint8 tensor (3, S, S)
+        standardise    batch of these, on the device -> float (B, 3, S, S), the teacher's input
+        teacher        -> features, a list of three float16 tensors; .random: no trained weights
+        forward        features -> loss, a scalar
+        describe       features -> pooled features (B, F), raw anomaly maps (B, S, S)
+        size           S
     """
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        self.cfg = cfg
-        self.size = (cfg.image_size, cfg.image_size)
-        # An image that is not square is squashed [ours] D19. Mean and deviation are ImageNet's.
-        self.preprocess = Compose([Resize(self.size), PILToTensor()])
+        self.size = cfg.image_size
+        # An image that is not square is squashed [ours] D3. Mean and deviation are ImageNet's.
+        self.preprocess = Compose([Resize((self.size, self.size)), PILToTensor()])
         normalise_colours = Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
         self.standardise = Compose([ConvertImageDtype(torch.float32), normalise_colours])
         self.teacher = Teacher(cfg.teacher, cfg.weights, cfg.seed)
@@ -358,8 +315,8 @@ class RevDist(nn.Module):
     def decode(self, features: list[Tensor]) -> tuple[list, list]:
         """Teacher features -> the same, and the student's version. Both are float32, because 1 -
         cosine of nearly equal vectors would lose its digits in half precision."""
-        # In one memory layout, cuDNN's own, whether they were cached or not: it decides how sums of
-        # a convolution are rounded.
+        # One memory layout, cuDNN's own, for features from the cache and from the teacher: the
+        # layout decides the order of a convolution's sums, and so their rounding.
         encoded = [f.float().contiguous(memory_format=torch.channels_last) for f in features]
         with autocast(features[0], torch.bfloat16):
             decoded = self.student(encoded)
@@ -368,9 +325,9 @@ class RevDist(nn.Module):
     def forward(self, features: list[Tensor]) -> Tensor:
         """The loss: the sum over three layers of 1 - cosine, a scalar in 0..6.
 
-        A layer of an image is one long vector, so that a position counts by the length of its
-        features. [author] (In the anomaly map all positions count alike. To train like that, too,
-        changed nothing beyond the spread.)
+        A layer of an image is one long vector, so a position counts by the length of its features.
+        [author] In the anomaly map all positions count alike; a loss that treats them alike, too,
+        gave the same result within the spread of seeds.
         """
         encoded, decoded = self.decode(features)
         loss = 0.0
@@ -384,8 +341,8 @@ class RevDist(nn.Module):
 
         Pooled over the whole image, frozen features tell the class more than the defect: that is
         why CADA reads these and not the student's. Mean *and* standard deviation over the positions
-        [ours] D6: with the mean alone, brightness drowns texture. align_corners=True [author] puts
-        the corner values of a layer's map on the corner pixels, so that the three layers line up.
+        [ours] D4: with the mean alone, brightness drowns texture. align_corners=True is [author]:
+        it puts the corner values of every layer on the corner pixels.
         """
         pooled = []
         for f in features:
@@ -393,10 +350,11 @@ class RevDist(nn.Module):
             pooled += [mean, std]
 
         encoded, decoded = self.decode(features)
+        size = (self.size, self.size)
         maps = 0.0
         for e, d in zip(encoded, decoded):
             distance = 1 - F.cosine_similarity(e, d, dim=1)[:, None]  # (B, 1, h, w)
-            full = F.interpolate(distance, self.size, mode="bilinear", align_corners=True)
+            full = F.interpolate(distance, size, mode="bilinear", align_corners=True)
             maps = maps + full[:, 0] / len(encoded)  # a mean over layers
         return torch.cat(pooled, dim=1), maps
 
@@ -429,7 +387,7 @@ def log_statistics(statistics: Tensor) -> Tensor:
 def direction(features: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Pooled features (N, C) -> unit vectors (N, C): standardised, or the largest channels would
     decide alone; clamped, so that no single channel can; and without length, so that the size of a
-    defect counts for less. [ours] D6"""
+    defect counts for less. [ours] D4"""
     return F.normalize(((features - mean) / std).clamp(-3, 3))
 
 
@@ -545,11 +503,11 @@ def normalise(maps: Tensor, u: Tensor, gamma: Tensor) -> Tensor:
 
 
 # ==== shared: map and score
-# These turn an anomaly map into one number an image, whatever the detector.
+# These turn an anomaly map into one number an image, and many numbers into a threshold.
 
 def smooth(maps: Tensor) -> Tensor:
     """Gaussian blur of (N, H, W) maps. Sigma is 4 pixels at 256 x 256 [author], where the kernel is
-    cut to 5 x 5; here it is not cut, in proportion at other sizes, and edges repeat. [ours] D4
+    cut to 5 x 5; here it is not cut, in proportion at other sizes, and edges repeat. [ours] D8
 
     The kernel sums to one, so with repeated edges a constant map stays constant. The blur therefore
     commutes with (A - u) / (gamma - u): to normalise before it [author] or after it is the same.
@@ -568,21 +526,16 @@ def image_score(maps: Tensor) -> Tensor:
     return pixels.topk(highest, dim=1).values.mean(1)
 
 
-@torch.no_grad()
-def run_on_images(detector: nn.Module, samples: list[Sample], function: Callable) -> list[Tensor]:
-    """Apply a function to the teacher's features of all images, batch by batch. Returns its
-    results, tensors (N, ...) on the CPU. Raises UserError for an image of which the last result, a
-    map or what is taken from it, is not finite: no comparison with it would mean anything."""
-    detector.eval()  # BatchNorm by its running statistics: a score must not depend on its batch
-    batches = []  # joined once at the end: a tensor that grows would be copied at each batch
-    for x in image_batches(detector, samples):
-        batches.append([t.cpu() for t in function(detector.teacher(x))])
-    results = [torch.cat(parts) for parts in zip(*batches)]
-    for sample, values in zip(samples, results[-1]):
-        if not values.isfinite().all():
-            raise UserError(f"{sample.path}: its anomaly map is not finite; look at the image, or "
-                            "train again with a lower --lr")
-    return results
+def conformal_threshold(scores: Tensor, quantile: float = 0.99) -> float:
+    """The ceil((n + 1) quantile)-th smallest of the scores of n normal images, or the largest.
+
+    A new normal image like these lies above it with a probability of at most 1 - quantile, if n is
+    large enough (99 for 0.99) and nothing has learned from these n. (In cada.py CADA has, and the
+    promise is a little weaker.) [ours] D9
+    """
+    n = len(scores)
+    rank = min(math.ceil((n + 1) * quantile), n)  # the + 1 counts the new image among the n
+    return scores.sort().values[rank - 1].item()
 # ==== end shared
 
 
@@ -590,13 +543,10 @@ def run_on_images(detector: nn.Module, samples: list[Sample], function: Callable
 # First the detector, then CADA on the detector as it is: so CADA can be added to one that was
 # trained long ago. With torchrun several processes train together, each on its share of the images.
 
-# torchrun says which of its processes this is, and of how many.
-RANK = int(os.environ.get("RANK", 0))
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
-
-
-def build(cfg: Config, checkpoint: dict | None) -> RevDist:
+def build(cfg: Config, checkpoint: dict | None) -> nn.Module:
     """The detector on its device, with the weights of a checkpoint if there is one."""
+    if cfg.cnc:
+        return build_cnc(cfg, checkpoint)
     torch.manual_seed(cfg.seed)  # for the student's weights; the teacher draws apart
     detector = RevDist(cfg)
     if checkpoint:
@@ -607,9 +557,9 @@ def build(cfg: Config, checkpoint: dict | None) -> RevDist:
     return detector.to(choose_device(cfg.device), memory_format=torch.channels_last)
 
 
-def train_detector(detector: RevDist, samples: list[Sample], checkpoint: dict | None) -> dict:
+def train(cfg: Config, detector: RevDist, samples: list[Sample], checkpoint: dict | None) -> dict:
     """Train on normal images, from where the checkpoint stopped if there is one. Returns the new
-    checkpoint. Raises UserError for a loss that is no number.
+    checkpoint.
 
     Only the student learns: the teacher's features are computed without gradients, and its
     BatchNorm stays in eval mode; the student's BatchNorm learns its statistics here. All classes
@@ -617,16 +567,13 @@ def train_detector(detector: RevDist, samples: list[Sample], checkpoint: dict | 
     There is no validation and no best epoch, which only test images could choose: the last step
     counts.
     """
-    cfg = detector.cfg
-    step = checkpoint["step"] if checkpoint else 0
-    if step >= cfg.iters:
-        print(f"trained already: {step} steps", file=sys.stderr)
+    start = checkpoint["step"] if checkpoint else 0
+    if start >= cfg.iters:
+        print(f"trained already: {start} steps", file=sys.stderr)
         return checkpoint
-    if cfg.batch_size % WORLD_SIZE:
-        raise UserError(f"--batch-size: give a multiple of the {WORLD_SIZE} processes")
     # A random teacher sees all images in every process, or each would have another teacher.
-    if detector.teacher.random and step == 0:
-        detector.teacher.estimate_statistics(image_batches(detector, samples))
+    if detector.teacher.random and start == 0:
+        estimate_statistics(detector.teacher, image_batches(cfg, detector, samples))
 
     # Optimiser and schedule: [author], written for a sibling model. AMSGrad, which that code has
     # had since a month after the paper, changed nothing on the demo set.
@@ -634,25 +581,25 @@ def train_detector(detector: RevDist, samples: list[Sample], checkpoint: dict | 
     optimizer = torch.optim.AdamW(student.parameters(), cfg.lr, weight_decay=1e-5, fused=True)
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
-    engine = detector
     # Under torchrun the gradient is the mean over all processes. Their batches are equally large,
     # so this is the gradient of one large batch, if BatchNorm too sees all of it; on CPUs PyTorch
     # has no such BatchNorm, and each process normalises by its own share.
+    engine = detector
     if WORLD_SIZE > 1:
-        if next(student.parameters()).is_cuda:
-            nn.SyncBatchNorm.convert_sync_batchnorm(student)
         distributed.init_process_group()
+        if next(student.parameters()).is_cuda:
+            nn.SyncBatchNorm.convert_sync_batchnorm(student)  # in place, the parameters stay
         engine = nn.parallel.DistributedDataParallel(detector)
 
     share = samples[RANK::WORLD_SIZE]  # the images of this process
-    batches = shuffled(len(share), cfg.batch_size // WORLD_SIZE, cfg.iters, cfg.seed)
-    features = teacher_features(detector, share, batches[step:])
+    batches = shuffled_batches(cfg, len(share), cfg.iters)
+    features = teacher_features(cfg, detector, share, batches[start:])
     detector.train()
-    bar = tqdm(features, "training", cfg.iters, initial=step, disable=None)
-    for encoded in bar:
+    bar = tqdm(features, "training", cfg.iters, initial=start, disable=None)
+    for step, encoded in enumerate(bar, start + 1):
         # The rate follows from the step alone, so a resumed run needs no state of a scheduler.
         lr = cfg.lr
-        if step >= int(0.8 * cfg.iters):
+        if step > int(0.8 * cfg.iters):
             lr = 0.2 * cfg.lr
         optimizer.param_groups[0]["lr"] = lr
 
@@ -660,245 +607,356 @@ def train_detector(detector: RevDist, samples: list[Sample], checkpoint: dict | 
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        step += 1
 
-        # Ten checkpoints in all, and a look at the loss before each.
-        due = step % max(1, cfg.iters // 10) == 0 or step == cfg.iters
-        if due or step % 20 == 0:  # seldom: item() waits for the GPU
-            value = loss.item()
-            bar.set_postfix(loss=f"{value:.4f}")
-            if not math.isfinite(value):
-                raise UserError(f"the loss is {value}; give a lower --lr")
-        if due and RANK == 0:
+        if step % 20 == 0:  # seldom: item() waits for the GPU
+            bar.set_postfix(loss=f"{loss.item():.4f}")
+        if step % max(1, cfg.iters // 10) == 0 or step == cfg.iters:  # about ten times
             checkpoint = {"step": step, "optimizer": optimizer.state_dict()}
-            save_checkpoint(detector, checkpoint)
+            save_checkpoint(cfg, detector, samples, checkpoint)
 
     if WORLD_SIZE > 1:
         distributed.destroy_process_group()
     return checkpoint
 
 
-def align(detector: nn.Module, normal: list[Sample], held: list[Sample], checkpoint: dict) -> None:
-    """Fit CADA to a trained detector and take the thresholds; all goes into the checkpoint.
+# ---- calibration and evaluation ------------------------------------------------------------------
+
+def calibrate(cfg: Config, detector: nn.Module, normal: list[Sample], held: list[int]) -> dict:
+    """Fit CADA to a trained detector, and take the thresholds from the normal images `held`.
+    Returns what the checkpoint keeps of it.
 
     CADA learns from all normal images, those held out for the threshold included. Without them it
     would know only maps of images that the detector was trained on, and lose a point of pooled
     I-AUROC on CNC. With them the promise of the threshold is a little weaker where classes are
     small.
     """
-    cfg = detector.cfg
+    # Of each map three numbers are kept: all maps of VisA would take gigabytes.
+    features = []
+    statistics = []
+    scores = []
+    for pooled, maps in describe_images(cfg, detector, normal):
+        features.append(pooled)
+        statistics.append(map_statistics(maps))
+        scores.append(image_score(smooth(maps)))
+    features = torch.cat(features)  # (N, F)
+    statistics = torch.cat(statistics)  # (N, 2)
+    raw = torch.cat(scores)  # (N,)
 
-    def summary(features: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """All that is needed of normal images. Of their maps it is three numbers each: to keep the
-        maps of VisA would take gigabytes."""
-        pooled, maps = detector.describe(features)
-        return pooled, map_statistics(maps), image_score(smooth(maps))
-
-    features, statistics, raw = run_on_images(detector, normal, summary)  # (N, C), (N, 2), (N,)
     cada = CADA.fit(features, statistics, cfg.seed)
-    checkpoint["cada"] = asdict(cada)
     # For comparison, a plain regression of each image's own statistics: what the paper names.
-    checkpoint["regress"] = asdict(CADA.fit(features, statistics, cfg.seed, rounds=1))
-
-    # The oracle, Fig. 4(a) of the paper, knows the label: class means over these images. This is
-    # the only use of labels, and CADA never reads it. [ours] D7
+    regression = CADA.fit(features, statistics, cfg.seed, rounds=1)
+    # The oracle, Fig. 4(a) of the paper, knows the label: class means over these images. CADA
+    # never reads it. [ours] D7
     classes = np.array([s.cls for s in normal])
-    checkpoint["oracle"] = {str(c): statistics[classes == c].mean(0) for c in np.unique(classes)}
+    oracle = {str(c): statistics[classes == c].mean(0) for c in np.unique(classes)}
 
-    kept_back = set(held)
-    rows = [i for i, s in enumerate(normal) if s in kept_back]
-    # Aligning commutes with the mean of the highest pixels, too.
-    u, gamma = cada.predict(features[rows])
-    aligned = (raw[rows] - u) / (gamma - u)
-    checkpoint["thresholds"] = {
-        "raw": conformal_threshold(raw[rows]),
-        "cada": conformal_threshold(aligned)}
+    # Scores and means of maps are aligned like the maps themselves, since means commute with it.
+    u, gamma = cada.predict(features[held])
+    aligned = (raw[held] - u) / (gamma - u)
+    means = statistics[held, 0]
+    aligned_means = (means - u) / (gamma - u)
+    return {
+        "cada": asdict(cada), "regress": asdict(regression), "oracle": oracle,
+        "thresholds": {"raw": conformal_threshold(raw[held]), "cada": conformal_threshold(aligned)},
+        "means": {"raw": means.mean().item(), "cada": aligned_means.mean().item()}}
 
 
-# ---- evaluation ----------------------------------------------------------------------------------
-# The same images are scored in four variants, so that one table shows what alignment is worth and
-# what it costs.
+def aligned_maps(raw: Tensor, features: Tensor, samples: list[Sample],
+                 checkpoint: dict) -> Iterator[tuple[str, Tensor]]:
+    """Yield the smoothed raw maps (N, S, S) of samples in four variants: "raw", as they are;
+    "oracle", aligned by the statistics of the true class, if the checkpoint knows all these
+    classes; "regress", aligned by a regression alone; "cada", aligned by CADA.
 
-def aligned_maps(detector: nn.Module, samples: list[Sample], checkpoint: dict) -> dict:
-    """Smoothed anomaly maps of images in four variants: "raw", as the detector has them; "oracle",
-    aligned by the statistics of the true class, if the checkpoint knows all these classes;
-    "regress", aligned by a regression alone; "cada", aligned by CADA. Each is a function that
-    computes its maps (N, S, S) from the raw ones, so that not all need be in memory at once.
-
-    What to look for: "pooled" should rise from raw to cada, and the oracle shows how far it could.
-    "class mean" should stay: within a class alignment has nothing to gain, so where it falls, the
-    prediction has taken defects for classes, and does harm.
+    What to look for: "pooled" should rise from raw to cada, and "class mean" should not fall. Where
+    it falls, the prediction has taken defects for classes, and does harm. The oracle knows the
+    class but not the image, so a prediction for each image can be better.
     """
-    def describe(features: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Once for all variants, since aligning commutes with blurring."""
-        pooled, maps = detector.describe(features)
-        return pooled, smooth(maps)
-
-    features, raw = run_on_images(detector, samples, describe)
-    variants = {"raw": lambda: raw}
+    yield "raw", raw
     oracle = checkpoint["oracle"]
     if all(s.cls in oracle for s in samples):
-        statistics = torch.stack([oracle[s.cls] for s in samples])  # (N, 2)
-        variants["oracle"] = partial(normalise, raw, statistics[:, 0], statistics[:, 1])
+        u, gamma = torch.stack([oracle[s.cls] for s in samples]).unbind(1)
+        yield "oracle", normalise(raw, u, gamma)
     regression = CADA(**checkpoint["regress"])
-    variants["regress"] = partial(normalise, raw, *regression.regress(features))
+    yield "regress", normalise(raw, *regression.regress(features))
     cada = CADA(**checkpoint["cada"])
-    variants["cada"] = partial(normalise, raw, *cada.predict(features))
-    return variants
+    yield "cada", normalise(raw, *cada.predict(features))
 
 
-def plot_distributions(path: Path, samples: list[Sample], scores: dict, results: dict,
+def evaluate(cfg: Config, detector: nn.Module, test: list[Sample], checkpoint: dict) -> None:
+    """Report how well each variant tells good from defective test images."""
+    features = []
+    raw = []
+    for pooled, maps in describe_images(cfg, detector, test):
+        features.append(pooled)
+        raw.append(smooth(maps))  # once for all variants, since aligning commutes with blurring
+    variants = aligned_maps(torch.cat(raw), torch.cat(features), test, checkpoint)
+    scores, results = report(cfg, test, detector.size, variants, "cada", checkpoint)
+    plot_distributions(cfg, test, scores, results, checkpoint["thresholds"])
+
+
+def plot_distributions(cfg: Config, samples: list[Sample], scores: dict, results: dict,
                        thresholds: dict) -> None:
     """Draw one tick an image: scores by class, normal images above and anomalous ones below the
-    line of their class; a panel for each variant that has a threshold, and at most 12 classes.
+    line of their class; a panel for each variant that has a threshold.
 
     Where the normal scores of all classes end at the same place, one threshold serves them all.
     """
     labels = np.array([s.label for s in samples])
-    names, line = np.unique([s.cls for s in samples], return_inverse=True)
-    names = names[:MOST_CLASSES]
+    classes = np.array([s.cls for s in samples])
+    names = np.unique(classes)[:MOST_CLASSES]
     figure = Figure(figsize=(12, 1.8 + 0.5 * len(names)), layout="constrained")
     panels = figure.subplots(1, len(thresholds), sharey=True, squeeze=False)[0]
-    for ax, variant in zip(panels, thresholds):
-        # The colours are Okabe and Ito's, which colour-blind readers tell apart too.
-        for label, kind, shift, colour in ((0, "normal", -0.2, "#0072B2"),
-                                           (1, "anomalous", 0.2, "#D55E00")):
-            drawn = (labels == label) & (line < MOST_CLASSES)
-            ax.scatter(scores[variant][drawn], line[drawn] + shift, 150, colour, marker="|",
-                       alpha=0.7, label=kind)
-        ax.axvline(thresholds[variant], color="black", linestyle="--", label="threshold")
-        ax.set_yticks(range(len(names)), names, fontsize=12, parse_math=False)
+    for ax, (variant, threshold) in zip(panels, thresholds.items()):
+        for line, name in enumerate(names):
+            normal = scores[variant][(classes == name) & (labels == 0)]
+            anomalous = scores[variant][(classes == name) & (labels == 1)]
+            # The colours are Okabe and Ito's, which colour-blind readers tell apart too.
+            ax.eventplot([normal, anomalous], lineoffsets=[line - 0.2, line + 0.2],
+                         linelengths=0.35, colors=["#0072B2", "#D55E00"], alpha=0.7)
+        ax.axvline(threshold, color="black", linestyle="--")
         auroc = results[variant]["pooled"].get("I-AUROC", math.nan)
         ax.set_title(f"{variant}: pooled I-AUROC {auroc:.1%}")
         ax.set_xlabel("image score")
-    ax.set_ylim(len(names) - 0.5, -0.5)  # of both panels; downwards
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    panels[0].set_ylim(len(names) - 0.5, -0.5)  # of both panels; downwards
+    panels[0].set_yticks(range(len(names)), [name[:14] for name in names], parse_math=False)
+    figure.legend(["normal", "anomalous", "threshold"], loc="outside lower center", ncols=3)
+    figure.savefig(Path(cfg.out, "distributions.png"), dpi=150, bbox_inches="tight")
 
 
-# ==== shared: fitting a detector
-# Training needs more than a model: images kept back, batches in a fixed order, features that are
+# ---- the script ----------------------------------------------------------------------------------
+
+def run(argv: list[str] | None) -> None:
+    """The whole story: load, train, calibrate, evaluate; or load and predict."""
+    cfg, checkpoint = read_command_line(argv)
+    if cfg.cnc and not checkpoint:
+        checkpoint = adopt_cnc(cfg)
+
+    if cfg.command == "predict":
+        samples, broken = images_to_score(cfg)
+        detector = build(cfg, checkpoint)
+        cada = CADA(**checkpoint["cada"])
+        maps = (normalise(smooth(maps), *cada.predict(pooled))
+                for pooled, maps in describe_images(cfg, detector, samples))
+        write_predictions(cfg, samples, maps, checkpoint["means"]["cada"],
+                          checkpoint["thresholds"]["cada"])
+        if broken:
+            raise UserError(f"{len(broken)} images not scored, {broken[0]} the first")
+        return
+
+    normal, test = read_dataset(Path(cfg.data), cfg.command == "train")
+    detector = build(cfg, checkpoint)
+    Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    if cfg.command == "train":
+        kept, held = hold_out(cfg, normal, checkpoint)
+        samples = [normal[i] for i in kept]
+        if not cfg.cnc:
+            checkpoint = train(cfg, detector, samples, checkpoint)
+        if RANK > 0:  # of torchrun's processes only the first evaluates and writes
+            return
+        checkpoint = checkpoint | calibrate(cfg, detector, normal, held)
+        save_checkpoint(cfg, detector, samples, checkpoint)
+    if test:
+        evaluate(cfg, detector, test, checkpoint)
+    else:
+        print("no test images, so nothing to evaluate; threshold "
+              f"{checkpoint['thresholds']['cada']:.4f}")
+
+
+# ---- Appendix: what any such script needs --------------------------------------------------------
+# One who reads for the paper may stop here. First what only this script needs: a random teacher's
+# statistics, and CADA on a CNC in place of RevDist.
+
+def estimate_statistics(teacher: Teacher, batches: Iterable) -> None:
+    """Give a random teacher the BatchNorm statistics of the training images. [ours] D1
+
+    Fresh statistics (mean 0, variance 1) let the activations of a random ResNet drift from layer to
+    layer, until all images look alike.
+    """
+    # A container of its own, since Teacher.train never leaves eval mode. update_bn is PyTorch's own
+    # plain mean over all batches. It runs the layers in train mode, and puts them back.
+    layers = nn.Sequential(teacher.stem, teacher.layer1, teacher.layer2, teacher.layer3).eval()
+    torch.optim.swa_utils.update_bn(batches, layers)
+
+
+def adopt_cnc(cfg: Config) -> dict:
+    """The checkpoint of cnc.py that --cnc names, as the start of one of ours. The seed and the
+    share held out become CNC's, so that the images kept back are those that CNC has not seen.
+    Raises UserError if there is none, or its training has not finished."""
+    checkpoint = read_checkpoint(cfg.cnc, "cnc.py")
+    if not checkpoint["thresholds"]:
+        raise UserError(f"--cnc {cfg.cnc}: its training has not finished; --resume it by cnc.py")
+    checkpoint["cnc"] = checkpoint["config"]
+    checkpoint["optimizer"] = None  # CNC learns no more
+    cfg.seed = checkpoint["cnc"]["seed"]
+    cfg.holdout = checkpoint["cnc"]["holdout"]
+    cfg.weights = checkpoint["cnc"]["weights"]
+    if cfg.out == Config.out:  # that is RevDist's
+        cfg.out = "runs/cada-on-cnc"
+    return checkpoint
+
+
+def build_cnc(cfg: Config, checkpoint: dict) -> nn.Module:
+    """The CNC of a checkpoint that adopt_cnc began."""
+    import cnc  # only here: to read and run RevDist, this file is enough
+    settings = checkpoint["cnc"] | {"device": cfg.device, "weights": cfg.weights}
+    try:
+        return cnc.build(cnc.Config(**settings), checkpoint)
+    except cnc.UserError as e:
+        raise UserError(str(e))
+
+
+# ==== shared: features and checkpoint
+# What training needs besides a model: images kept back, batches in a fixed order, features that are
 # computed once, and a checkpoint.
 
-def hold_out(cfg: Config, samples: list[Sample]) -> tuple[list, list]:
-    """Normal images to train on, and those kept back at random for the threshold, because the
-    decoder knows the former too well. With --holdout 0 all images are trained on, and the
-    threshold, taken from the same, comes out too low. What this costs is printed. [ours] D1"""
-    kept, held = samples, samples
+def hold_out(cfg: Config, samples: list, checkpoint: dict | None) -> tuple[list, list]:
+    """Indices of the normal images to train on, and of those kept back at random for the threshold,
+    because the decoder knows the former too well. With --holdout 0 both are all images, and the
+    threshold comes out too low. [ours] D9
+
+    Raises UserError if a checkpoint was trained on other images: then some of those kept back now
+    may not have been kept back before.
+    """
+    kept = held = list(range(len(samples)))
     if cfg.holdout > 0:
-        kept, held = train_test_split(samples, test_size=cfg.holdout, random_state=cfg.seed)
-    lost = {s.cls for s in samples} - {s.cls for s in kept}
-    if lost:
-        print("--holdout keeps back all training images of", *sorted(lost), file=sys.stderr)
+        kept, held = train_test_split(kept, test_size=cfg.holdout, random_state=cfg.seed)
+    if checkpoint and checkpoint["images"] != names_in_data(cfg, [samples[i] for i in kept]):
+        raise UserError(f"--data {cfg.data}: these are not the training images of the checkpoint; "
+                        "give the folder that it was trained on, or train anew")
+    if len(kept) < WORLD_SIZE:
+        raise UserError(f"torchrun: {WORLD_SIZE} processes for {len(kept)} training images")
     if len(held) < 99:
         print("threshold: the highest score of", len(held), "normal images; for at most 1 % of "
               "false alarms it takes 99", file=sys.stderr)
     return kept, held
 
 
-def conformal_threshold(scores: Tensor, quantile: float = 0.99) -> float:
-    """The ceil((n + 1) quantile)-th smallest of the scores of n normal images, or the largest.
-
-    A new normal image like these lies above it with a probability of at most 1 - quantile, if n is
-    large enough (99 for 0.99) and nothing has learned from these n. (In cada.py CADA has, and the
-    promise is a little weaker.) [ours] D1
-    """
-    n = len(scores)
-    rank = min(math.ceil((n + 1) * quantile), n)  # the + 1 counts the new image among the n
-    return scores.sort().values[rank - 1].item()
+def names_in_data(cfg: Config, samples: list) -> list:
+    """The samples' paths within the data set, which may have moved."""
+    return [str(s.path.relative_to(cfg.data)) for s in samples]
 
 
-def shuffled(n: int, batch_size: int, steps: int, seed: int) -> list:
+def shuffled_batches(cfg: Config, n: int, steps: int) -> list:
     """The batches of a whole training run as lists of indices below n, epoch after epoch. The seed
     alone decides them, so a resumed run goes on with the batches that it would have had."""
-    generator = torch.Generator().manual_seed(seed)
+    size = cfg.batch_size // WORLD_SIZE
+    # Each process of torchrun has an order of its own. Neighbours are of one class, so with one
+    # order for all, a step would see little more than one class.
+    generator = torch.Generator().manual_seed(cfg.seed + RANK)
     order = []  # a batch may take the last images of an epoch and the first ones of the next
-    while len(order) < steps * batch_size:
+    while len(order) < steps * size:
         order += torch.randperm(n, generator=generator).tolist()
-    return [order[i * batch_size:(i + 1) * batch_size] for i in range(steps)]
+    return [order[i * size:(i + 1) * size] for i in range(steps)]
 
 
-def teacher_features(detector: nn.Module, samples: list[Sample],
-                     batches: list) -> Iterator:
+def teacher_features(cfg: Config, detector: nn.Module, samples: list, batches: list) -> Iterator:
     """Yield the teacher's features of each batch, a list of indices of samples. They are computed
     once [ours] D2, or with --no-cache anew for every batch.
 
-    Training uses no augmentation, so every epoch would compute the same again. The features of each
-    layer stay as one float16 array (N, ...) in an unnamed file in --out. The system keeps as much
-    of it in memory as fits. The files disappear with the process, even a killed one: they are never
-    stale. Raises UserError if the disk is full.
+    Training uses no augmentation, so every epoch would compute the same again. Each of the three
+    features stays as one float16 array (N, ...) in an unnamed file in --out, of which the system
+    keeps in memory what fits. The files disappear with the process, even a killed one. Raises
+    UserError if the disk is full.
     """
-    teacher = detector.teacher
-    if not detector.cfg.cache:
-        for x in image_batches(detector, samples, batches):
-            yield teacher(x)
+    if not cfg.cache:
+        for x in image_batches(cfg, detector, samples, batches):
+            yield detector.teacher(x)
         return
 
-    # The files are written first and mapped into memory afterwards: to write through the map would
-    # kill the process on a full disk, while a plain write raises an error.
-    one = teacher(next(image_batches(detector, samples, [[0]])))
-    files = [tempfile.TemporaryFile(dir=detector.cfg.out) for _ in one]
-    for x in image_batches(detector, samples):
-        try:
-            for file, f in zip(files, teacher(x)):
-                file.write(f.cpu().contiguous().numpy())
-                file.flush()
-        except OSError as e:
-            raise UserError(f"no room in --out for the cache: {e}; make some, or use --no-cache")
+    # Written first and mapped into memory afterwards: on a full disk a plain write raises an error,
+    # and a write through the map would kill the process.
+    files = [tempfile.TemporaryFile(dir=cfg.out) for _ in range(3)]
+    for x in image_batches(cfg, detector, samples):
+        features = detector.teacher(x)
+        for file, f in zip(files, features):
+            try:
+                f.cpu().contiguous().numpy().tofile(file)
+            except OSError as e:
+                raise UserError(f"no room in --out for the cache: {e}; use --no-cache")
     arrays = []
-    for file, f in zip(files, one):
+    for file, f in zip(files, features):
         shape = (len(samples), *f.shape[1:])
         arrays.append(np.memmap(file, np.float16, "r", shape=shape))
-    for indices in batches:
-        yield [torch.from_numpy(array[indices]).to(f.device) for array in arrays]
+    for rows in batches:
+        yield [torch.from_numpy(array[rows]).to(x.device) for array in arrays]
 
 
-def save_checkpoint(detector: nn.Module, checkpoint: dict) -> None:
-    """Add settings and weights to a checkpoint and write it to checkpoint.pt, whole or not at all:
-    neither a kill nor a full disk leaves a half. It holds plain values and tensors:
+@torch.no_grad()
+def describe_images(cfg: Config, detector: nn.Module, samples: list) -> Iterator:
+    """Yield pooled features (B, F) and raw anomaly maps (B, S, S) of the samples, batch by batch,
+    on the CPU. Raises UserError for a map that is not finite: no comparison with it would mean
+    anything."""
+    detector.eval()  # BatchNorm by its running statistics: a score must not depend on its batch
+    for x in image_batches(cfg, detector, samples):
+        pooled, maps = detector.describe(detector.teacher(x))
+        if not maps.isfinite().all():
+            raise UserError("an anomaly map is not finite; train again with a lower --lr")
+        yield pooled.cpu(), maps.cpu()
 
-    config, a dict of Config; weights, a state_dict for each part of the detector, but of a trained
-    teacher only a hash; step and optimizer, to go on from; thresholds, by variant; and of cada.py
-    cada, regress and oracle. Raises UserError if it cannot be written.
+
+def save_checkpoint(cfg: Config, detector: nn.Module, samples: list, checkpoint: dict) -> None:
+    """Write checkpoint.pt, whole or not at all, and remove what an earlier run left in --out and
+    what does not belong to it. It holds plain values and tensors:
+
+        script, config     who wrote it, with which settings
+        weights            a state_dict for each part of the detector; of a trained teacher, which
+                           need not be stored again, only a fingerprint
+        images             what it was trained on: names of the samples
+        step, optimizer    to go on from
+        thresholds, means  by variant, see calibrate; {} before the training is finished
+        and of cada.py     cada, regress, oracle; cnc, the settings of CNC if that is the detector
+
+    Raises UserError for weights that are not finite, and if the file cannot be written.
     """
-    checkpoint["config"] = asdict(detector.cfg)
+    if RANK > 0:  # of torchrun's processes only the first writes
+        return
     weights = {name: part.state_dict() for name, part in detector.named_children()}
     if not detector.teacher.random:
-        weights["teacher"] = detector.teacher.hash
-    checkpoint["weights"] = weights
-    path = Path(detector.cfg.out, "checkpoint.pt")
+        weights["teacher"] = fingerprint(detector.teacher)
+    if not all(w.isfinite().all() for w in weights["student"].values()):
+        raise UserError("the training diverged, its weights are not finite; give a lower --lr")
+    content = {"thresholds": {}, "means": {}} | checkpoint | {
+        "script": SCRIPT, "config": asdict(cfg), "weights": weights,
+        "images": names_in_data(cfg, samples)}
+
+    path = Path(cfg.out, "checkpoint.pt")
     unfinished = path.with_suffix(".partial")
     try:
-        torch.save(checkpoint, unfinished)
+        torch.save(content, unfinished)
     except RuntimeError as e:  # torch's, on a full disk for instance
         unfinished.unlink(missing_ok=True)
         raise UserError(f"no checkpoint could be written to --out: {e}; is there room?")
     os.replace(unfinished, path)  # in one go, by the system
+    for name in RESULTS:
+        Path(cfg.out, name).unlink(missing_ok=True)
 
 
-def weights_hash(module: nn.Module) -> str:
+def read_checkpoint(path: str | Path, script: str) -> dict:
+    """A checkpoint that `script` wrote. Raises UserError if it is none."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["script"] == script:
+            return checkpoint
+        reason = f"{checkpoint['script']} wrote it"
+    except Exception as e:  # no such file, no checkpoint, a malicious one: many kinds
+        reason = str(e)[:100]
+    raise UserError(f"{path} is no checkpoint of {script}: {reason}; name one, or train first")
+
+
+def fingerprint(module: nn.Module) -> float:
     """It tells whether a file or a download still holds the weights that it held in training."""
-    sha = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        # open_clip may have resized this one, which CPUs of another kind round differently.
-        if "positional_embedding" not in name:
-            sha.update(tensor.numpy())
-    return sha.hexdigest()
+    return sum(w.double().abs().sum().item() for w in module.state_dict().values())
 
 
 def load_weights(detector: nn.Module, checkpoint: dict) -> None:
-    """Put the weights of a checkpoint into the detector. Raises UserError if they do not fit it,
-    some are missing or left over, or if its trained teacher is another one."""
+    """Put the weights of a checkpoint into the detector. Raises UserError if its trained teacher
+    is not the one that the checkpoint was trained with."""
     for name, part in detector.named_children():  # teacher, student, ...
-        try:
-            weights = checkpoint["weights"][name]
-            if name != "teacher" or part.random:
-                part.load_state_dict(weights)
-            elif weights != part.hash:
-                raise ValueError
-        except (KeyError, RuntimeError, TypeError, ValueError):
-            raise UserError(f"the checkpoint's {name} does not fit; drop the flags that change it, "
-                            "and give the --weights that it was trained with")
+        weights = checkpoint["weights"][name]
+        if not isinstance(weights, float):
+            part.load_state_dict(weights)
+        elif not math.isclose(weights, fingerprint(part), rel_tol=1e-6):
+            raise UserError("--weights: another teacher than in training; give the same file")
 # ==== end shared
 
 
@@ -910,14 +968,31 @@ SUFFIXES = {s for s, kind in Image.registered_extensions().items() if kind in Im
 GOOD = ("good", "ok", "normal")  # folders of normal images, in upper or lower case
 
 
-def paths_in(folder: Path, pattern: str) -> list[Path]:
-    """Files and folders in name order, without hidden ones; links are followed."""
-    return sorted(folder / name for name in glob(pattern, root_dir=folder, recursive=True))
+@dataclass(frozen=True)
+class Sample:
+    """One image of a data set. No model sees its class `cls`, which serves the report and, in
+    cada.py, the oracle."""
+
+    path: Path
+    cls: str = ""
+    label: int = 0  # 1 is anomalous; from the folder name, since a small defect may lose its mask
+    mask: Path | None = None
 
 
-def images_in(folder: Path, pattern: str) -> list[Path]:
-    """The image files among them."""
-    return [p for p in paths_in(folder, pattern) if p.suffix.lower() in SUFFIXES]
+def files_in(folder: Path, pattern: str) -> list:
+    """The files that match, in name order, without hidden ones. A * follows links to folders, and
+    ** does not, since it might never end."""
+    files = []
+    for path in sorted(folder.glob(pattern)):
+        hidden = "/." in f"/{path.relative_to(folder).as_posix()}"
+        if not hidden and not path.is_dir():
+            files.append(path)
+    return files
+
+
+def is_image(path: Path) -> bool:
+    """Whether Pillow knows files of this type."""
+    return path.suffix.lower() in SUFFIXES
 
 
 def read_dataset(root: Path, training: bool = True) -> tuple[list, list]:
@@ -929,155 +1004,149 @@ def read_dataset(root: Path, training: bool = True) -> tuple[list, list]:
     """
     if not root.is_dir():
         raise UserError(f"--data {root}: no such folder; give its place, also if it has moved")
-    if (root / "split_csv/1cls.csv").is_file():
-        train, test = read_visa(root)
-    else:
-        train, test = read_mvtec(root, training)
-    if training and len(train) < 10:  # CADA needs some, and a mistake in the path is more likely
-        raise UserError(f"--data {root}: {len(train)} training images, which is too few; put 10 or "
-                        "more normal images into <class>/train/good")
-    if not training and not test:
-        raise UserError(f"--data {root}: no test images in <class>/test/<kind>")
-    samples = train + test if training else test
+    visa = (root / "split_csv/1cls.csv").is_file()
+    train, test = read_visa(root) if visa else read_mvtec(root)
+    classes = {s.cls for s in train}
+    samples = train + test
+    if not training:
+        samples = test
+    elif len(train) < 10:  # CADA needs some, and a mistake in the path is more likely
+        raise UserError(f"--data {root}: {len(train)} training images; put 10 or more normal ones "
+                        "into <class>/train/good")
+    for s in samples:
+        if training and s.cls not in classes:
+            raise UserError(f"--data {root}: no training images of {s.cls}; put normal ones into "
+                            "<class>/train/good, and not into folders below")
     with ThreadPoolExecutor() as pool:  # threads suffice: Pillow decodes without Python's lock
         checks = pool.map(check_files, samples)
-        shares = list(tqdm(checks, "checking images", len(samples), leave=False, disable=None))
-
-    # Else the metrics of pixels would be missing or wrong, and nobody would notice.
-    truths = paths_in(root, "**/ground_truth")
-    if truths and not sum(shares):
-        raise UserError(f"{truths[0]}: no mask marks anything on a test image; arrange masks as in "
-                        "data/README.md, or remove all ground_truth")
+        marked = list(tqdm(checks, "checking images", len(samples), leave=False, disable=None))
 
     # Most of what can go wrong with a data set shows in this line.
-    masks = [s.mask for s in test if s.mask]
-    used = {s.path for s in train + test} | set(masks)
-    others = [p for p in paths_in(root, "**") if p.is_file()]
-    others = [p for p in others if not used & {p, p.parent}]  # a folder may be a mask
-    defective = sum(s.label for s in test)
-    share = sum(shares) / max(1, len(masks))
-    print(f"{root}:", len({s.cls for s in samples}), "classes,", len(train), "training,",
-          len(test) - defective, "good and", defective, "defective test images,", len(masks),
-          f"masks with {share:.1%} of their pixels marked;", len(others), "files not used",
-          *others[:1], file=sys.stderr)
+    used = {s.path for s in train + test} | {s.mask for s in test}
+    unused = [path for path in files_in(root, "**/*") if path not in used]
+    print(f"{root}: {len(classes)} classes, {len(train)} training and {len(test)} test images, "
+          f"{sum(s.label for s in test)} of them defective, {sum(marked)} with a mask; "
+          f"{len(unused)} files not used", *unused[:1], file=sys.stderr)
+    # Else the metrics of pixels would be missing, and nobody would notice.
+    if not any(marked) and any("ground_truth" in path.parts for path in unused + [*used]):
+        raise UserError(f"--data {root}: no mask in ground_truth marks anything on a test image; "
+                        "arrange masks as in data/README.md, or remove all ground_truth")
     return train, test
 
 
-def check_files(sample: Sample) -> float:
-    """The share of pixels that the sample's mask marks, or 0. Raises UserError if image or mask
+def read_mvtec(root: Path) -> tuple[list, list]:
+    """Read an MVTec-style tree, <class>/{train/good,test/<kind>,ground_truth/<kind>}/*, or the
+    folder of a single class.
+
+    The mask of 000.png is 000_mask or 000, with any suffix: names decide, never sort order. A set
+    may have no masks at all, but if it has some, each defective image needs one. Raises UserError
+    where it is missing, or where two files share their name.
+    """
+    single = (root / "train").is_dir() or (root / "test").is_dir()
+    found = {"train": {}, "test": {}, "ground_truth": {}}
+    for path in filter(is_image, files_in(root, "*/*/*" if single else "*/*/*/*")):
+        cls, part, kind, _ = path.parts[-4:]
+        name = (cls, kind, path.stem.removesuffix("_mask"))
+        if part not in found or part == "train" and kind.lower() not in GOOD:
+            continue
+        if name in found[part]:
+            raise UserError(f"{path} shares its name with {found[part][name]}; rename one, and "
+                            "keep masks in ground_truth, one an image")
+        found[part][name] = path
+
+    masks = found["ground_truth"]
+    samples = {"train": [], "test": []}
+    for part in samples:
+        for (cls, kind, name), path in found[part].items():
+            label = int(kind.lower() not in GOOD)
+            mask = masks.get((cls, kind, name)) if label else None
+            if label and masks and not mask:
+                raise UserError(f"no mask in {root}/.../ground_truth/{kind} for {path}; add it, "
+                                "remove all ground_truth, or call a folder good")
+            samples[part].append(Sample(path, cls, label, mask))
+    return samples["train"], samples["test"]
+
+
+def read_visa(root: Path) -> tuple[list, list]:
+    """Read the raw VisA archive by its own split file, with columns object, split, label, image and
+    mask. Raises UserError if that file is not VisA's."""
+    path = root / "split_csv/1cls.csv"
+    samples = {"train": [], "test": []}
+    try:
+        for row in csv.DictReader(path.read_text(encoding="utf-8").splitlines()):
+            label = int(row["label"].lower() != "normal")
+            mask = root / row["mask"] if label else None
+            samples[row["split"]].append(Sample(root / row["image"], row["object"], label, mask))
+        samples["train"][0]  # an empty list is not VisA's
+    except (AttributeError, LookupError, TypeError, ValueError) as e:
+        raise UserError(f"{path}: {e!r}; take VisA's own list, in UTF-8, with commas between its "
+                        "columns object, split, label, image and mask")
+    return samples["train"], samples["test"]
+
+
+def check_files(sample: Sample) -> bool:
+    """Whether the sample has a mask that marks something. Raises UserError if image or mask
     cannot be read, or if the mask does not lie on the image."""
     image = load_image(sample.path)
     if not sample.mask:
-        return 0.0
+        return False
     mask = load_mask(sample.mask)
     with Image.open(sample.path) as file:
         turned = file.getexif().get(ExifTags.Base.Orientation, 1) > 1
     if turned or mask.size != image.size:
         raise UserError(f"mask {sample.mask}: its image has another size, or an EXIF orientation "
                         "that turns it; save both upright and equally large")
-    return float(np.mean(mask))
-
-
-def read_mvtec(root: Path, training: bool) -> tuple[list, list]:
-    """Read an MVTec-style tree, <class>/{train/good,test/<kind>,ground_truth/<kind>}/*, or the
-    folder of a single class.
-
-    The mask of 000.png is `000_mask` or `000`, with any suffix, or all images in a folder `000`
-    (MVTec LOCO): names decide, never sort order. A set may have no masks at all, but if it has
-    some, each defective image needs one. Raises UserError where it is missing.
-    """
-    parts = paths_in(root, "train") + paths_in(root, "test")
-    parts = parts or paths_in(root, "*/train") + paths_in(root, "*/test")
-    folders = sorted({part.parent for part in parts})
-    has_masks = any(images_in(folder, "ground_truth/**") for folder in folders)
-    train, test = [], []
-    for folder in folders:
-        cls = folder.name.encode(errors="replace").decode()  # printable, whatever the system wrote
-        normal = [p for p in images_in(folder, "train/*/*") if p.parent.name.lower() in GOOD]
-        if training and not normal:
-            raise UserError(f"no training images in {folder / 'train/good'}; put normal ones "
-                            "there, and not into folders below")
-        train += [Sample(path, cls) for path in normal]
-
-        masks = images_in(folder, "ground_truth/*/*")
-        masks += {p.parent for p in images_in(folder, "ground_truth/*/*/*")}
-        mask_of = by_name(masks)
-        for name, path in by_name(images_in(folder, "test/*/*")).items():
-            label = int(path.parent.name.lower() not in GOOD)
-            if label and has_masks and name not in mask_of:
-                raise UserError(f"no mask in {folder / 'ground_truth' / name[0]} for {path.name}; "
-                                "add it, remove all ground_truth, or call a folder good")
-            mask = mask_of.get(name) if label else None
-            test.append(Sample(path, cls, label, mask))
-    return train, test
-
-
-def by_name(paths: list[Path]) -> dict:
-    """{("crack", "000"): path} of crack/000.png or crack/000_mask.png. Raises UserError if there
-    are both: then nobody knows which belong together."""
-    found = {}
-    for path in paths:
-        name = (path.parent.name, path.stem.removesuffix("_mask"))
-        if name in found:
-            raise UserError(f"{path} shares its name with {found[name]}; rename one, and keep "
-                            "masks in ground_truth, one an image")
-        found[name] = path
-    return found
-
-
-def read_visa(root: Path) -> tuple[list, list]:
-    """Read the raw VisA archive by its own split file, with columns object, split, label, image and
-    mask."""
-    samples = {"train": [], "test": []}
-    # A spreadsheet may have saved it, with a mark at its start and with semicolons.
-    lines = (root / "split_csv/1cls.csv").read_text(encoding="utf-8-sig").splitlines()
-    dialect = csv.Sniffer().sniff(lines[0], delimiters=",;\t")
-    for row in csv.DictReader(lines, dialect=dialect):
-        label = int(row["label"] != "normal")
-        mask = root / row["mask"] if label else None
-        samples[row["split"]].append(Sample(root / row["image"], row["object"], label, mask))
-    return samples["train"], samples["test"]
+    return mask.getbbox() is not None
 
 
 def open_image(path: Path) -> Image.Image:
-    """An image file, decoded and upright. Raises UserError if it cannot be read."""
+    """An image file, decoded and upright. Raises UserError if it cannot be read, or holds several
+    images: which one is meant?"""
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image)
+        with Image.open(path) as file:
+            frames = getattr(file, "n_frames", 1)
+            image = ImageOps.exif_transpose(file)
     except Exception as e:  # Pillow's readers raise many kinds for a broken file
         raise UserError(f"cannot read image {path}: {e}; repair, convert or remove it")
+    if frames > 1 and file.format != "MPO":  # a phone's MPO is one photograph
+        raise UserError(f"{path}: has {frames} pages or frames; save each as a file of its own")
+    return image
 
 
 def load_image(path: Path) -> Image.Image:
-    """Any image file as 8-bit RGB. In grey images of more than 8 bits 65535 is white, and 1 if they
-    are floats. Raises UserError if an image cannot be read, or seems to have another white."""
+    """Any image file of 8 or 16 bits a channel as 8-bit RGB. Raises UserError if it cannot be read,
+    has more bits, or is nearly black."""
     image = open_image(path)
-    if image.mode == "F" or image.mode.startswith("I"):  # convert() would clip them
-        values = np.asarray(image) / (1 if image.mode == "F" else 65535)
-        if values.min() < 0 or not 1 / 16 <= values.max() <= 1:  # 12 bits in 16 do not reach it
-            raise UserError(f"{path}: its values must lie from 0 to 65535, or to 1 if they are "
-                            "floats, and reach a sixteenth of that; convert it to 8 or 16 bits")
-        image = Image.fromarray((255 * values).round().astype(np.uint8))
-    return image.convert("RGB")
+    if image.mode in ("I", "F"):
+        raise UserError(f"{path}: has 32 bits a pixel; convert it to 8 or 16")
+    if image.mode.startswith("I;16"):  # convert() would clip it
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    image = image.convert("RGB")
+    brightest = np.max(image.getextrema())
+    if brightest < 16:  # 12 bits in 16 reach 15
+        raise UserError(f"{path}: is nearly black, its brightest value is {brightest} of 255; "
+                        "stretch its values, or remove it")
+    return image
 
 
 def load_mask(path: Path) -> Image.Image:
-    """A mask, or all masks of a folder in one, as a black and white image. Raises UserError if one
-    cannot be read.
+    """A mask as a black and white image. Raises UserError if it cannot be read.
 
-    Defective is what is not 0, since VisA's masks hold numbers from 1 to 9; but where there are
-    values above 127, as in MVTec AD's, these alone, since blur and JPEG leave small ones around.
-    A colour counts by its brightest channel, and what is transparent is black. [ours] D20
+    Defective is what is not 0, since VisA's masks hold numbers from 1 to 9, and others colours of a
+    palette. But where there are values above 127, as in MVTec AD's, these alone, since blur and
+    JPEG leave small ones around. A colour counts by its brightest channel, and what is transparent
+    is black. [ours] D10
     """
-    masks = []
-    for file in images_in(path, "*") or [path]:
-        rgba = np.asarray(open_image(file).convert("RGBA"))  # (height, width, 4)
-        values = rgba[..., :3].max(2) * (rgba[..., 3] / np.float32(255))
-        masks.append(values > (127 if values.max() > 127 else 0))
-    return Image.fromarray(np.logical_or.reduce(masks))
+    image = open_image(path)
+    rgba = np.asarray(image.convert("RGBA"))  # (height, width, 4)
+    values = rgba[..., :3].max(2) * (rgba[..., 3] / np.float32(255))
+    limit = 0
+    if values.max() > 127 and image.mode != "P":
+        limit = 127
+    return Image.fromarray(values > limit)
 
 
-def load_masks(samples: list[Sample], size: int) -> np.ndarray:
+def load_masks(samples: list, size: int) -> np.ndarray:
     """Ground truth as bool (N, size, size). Where there is no mask, nothing is marked.
 
     Binarised first and resized (nearest neighbour) after it: the other way round thin defects blur.
@@ -1089,30 +1158,31 @@ def load_masks(samples: list[Sample], size: int) -> np.ndarray:
     return masks
 
 
-def load_batch(preprocess: Callable, samples: list[Sample]) -> Tensor:
-    """Images -> uint8 (B, 3, S, S)."""
-    return torch.stack([preprocess(load_image(s.path)) for s in samples])
+@dataclass
+class Images(Dataset):
+    """The samples as preprocessed images, uint8 (3, S, S) each: workers send a quarter of what
+    float32 would take of the shared memory, of which a container has little."""
+
+    preprocess: Compose
+    samples: list
+
+    def __getitem__(self, i: int) -> Tensor:
+        return self.preprocess(load_image(self.samples[i].path))
 
 
-def image_batches(detector: nn.Module, samples: list[Sample],
+def image_batches(cfg: Config, detector: nn.Module, samples: list,
                   batches: list | None = None) -> Iterator:
     """Yield preprocessed images (B, 3, S, S) on the detector's device: these batches of indices, or
-    if there are none all samples in order, with a progress bar."""
-    cfg = detector.cfg
-    device = next(detector.parameters()).device
-    bar_off = True  # the training has a bar of its own
+    if there are none all samples in order."""
     if batches is None:
         batches = [rows.tolist() for rows in torch.arange(len(samples)).split(cfg.batch_size)]
-        bar_off = None  # tqdm: off where the output is no terminal
     workers = min(cfg.workers, os.cpu_count() or 1)
     if len(batches) == 1:  # to start a process would take longer
         workers = 0
-    # Workers send uint8, a quarter of float32, through shared memory, of which a container has
-    # little. If it is full this process would wait for ever: hence the timeout, in seconds.
-    loader = DataLoader(
-        samples, batch_sampler=batches, collate_fn=partial(load_batch, detector.preprocess),
-        num_workers=workers, timeout=300 if workers else 0)
-    for x in tqdm(loader, "images", leave=False, disable=bar_off):
+    images = Images(detector.preprocess, samples)
+    loader = DataLoader(images, batch_sampler=batches, num_workers=workers)
+    device = next(detector.parameters()).device
+    for x in tqdm(loader, "images", leave=False, disable=None):
         yield detector.standardise(x.to(device))
 # ==== end shared
 
@@ -1132,49 +1202,62 @@ def ranking_metrics(kind: str, scores: np.ndarray, positive: np.ndarray) -> dict
     """<kind>-AUROC, <kind>-AP and <kind>-F1max in 0..1 of scores with bool labels of the same
     shape; for pixels, kind "P", (N, H, W), also AUPRO. {} if all labels are equal.
 
-    Exact: every distinct score is a threshold. But between two scores of positives only the number
-    of false positives changes. So the K distinct scores of positives, few among pixels, give all
-    the points that are needed: one where the threshold lies just above such a score, and one where
-    it lies at it. Memory: 12 bytes a pixel if 2 % are anomalous, 20 if 7 %.
+    Exact: every distinct score is a threshold. But only at the scores of positives, few among
+    pixels, does the true-positive rate change. So each of these gives two points of the ROC curve,
+    one with the threshold just above it and one with the threshold at it, and all that lies between
+    is straight. Four images, positives scored 9 and 4, negatives 6 and 1:
 
-    AUPRO is the area under a ROC curve in which a defective pixel weighs 1 / (area of its region),
-    so that each 8-connected region counts once, however large; up to a false-positive rate of 0.3.
+        threshold     9   4
+        tp_above      0   1     positives above it
+        tp            1   2     ... or at it
+        fp_above      0   1     negatives above it
+        fp            0   1     ... or at it
+
+        ROC: (0, 0), (0, 1/2), (1/2, 1/2), (1/2, 1), (1, 1), an area of 3/4;
+        AP: 1/2 of the positives at a precision of 1/1, 1/2 at 2/3, together 5/6;
+        F1max: 4/5, at 4.
     """
-    positives = np.count_nonzero(positive)
-    negatives = positive.size - positives
-    if positives == 0 or negatives == 0:
+    positives = np.sort(scores[positive])
+    negatives = np.sort(scores[~positive])
+    if not len(positives) or not len(negatives):
         return {}
-
-    # How many scores, and how many true positives (tp), lie above each threshold, and how many at
-    # it or above: (K,) each, from the highest threshold on.
-    ranked = np.sort(scores, axis=None)
-    ranked_positive = np.sort(scores[positive])
-    thresholds = np.unique(ranked_positive)[::-1]
-    flagged_above = scores.size - np.searchsorted(ranked, thresholds, side="right")
-    flagged = scores.size - np.searchsorted(ranked, thresholds, side="left")
-    tp_above = positives - np.searchsorted(ranked_positive, thresholds, side="right")
-    tp = positives - np.searchsorted(ranked_positive, thresholds, side="left")
+    thresholds = np.unique(positives)[::-1]
+    tp_above = len(positives) - np.searchsorted(positives, thresholds, side="right")
+    tp = len(positives) - np.searchsorted(positives, thresholds, side="left")
+    fp_above = len(negatives) - np.searchsorted(negatives, thresholds, side="right")
+    fp = len(negatives) - np.searchsorted(negatives, thresholds, side="left")
 
     def curve(above: np.ndarray, at: np.ndarray) -> np.ndarray:
         """(K,), (K,) -> (2K + 2,): both points of each threshold, between the corners 0 and 1."""
         return np.concatenate([[0], np.stack([above, at], axis=1).ravel(), [1]])
 
-    fpr = curve((flagged_above - tp_above) / negatives, (flagged - tp) / negatives)
-    tpr = curve(tp_above / positives, tp / positives)
+    fpr = curve(fp_above / len(negatives), fp / len(negatives))
+    tpr = curve(tp_above / len(positives), tp / len(positives))
+    recall_gained = (tp - tp_above) / len(positives)
+    precision = tp / (tp + fp)
     metrics = {f"{kind}-AUROC": area_under(fpr, tpr),
-               f"{kind}-AP": float(np.sum((tp - tp_above) / positives * tp / flagged)),
-               f"{kind}-F1max": float(np.max(2 * tp / (flagged + positives)))}
+               f"{kind}-AP": float(np.sum(recall_gained * precision)),
+               f"{kind}-F1max": float(np.max(2 * tp / (tp + fp + len(positives))))}
     if kind == "P":
-        neighbours = np.zeros((3, 3, 3))
-        neighbours[1] = 1  # the 8 around a pixel, and none in another image
-        regions, count = ndimage.label(positive, neighbours)
-        region = regions[positive]  # the number of the region that each defective pixel is in
-        weight = 1 / np.bincount(region)[region]
-        highest_first = np.argsort(scores[positive])[::-1]
-        # overlap[k]: how much of a region, on average, the k highest defective pixels cover
-        overlap = np.append(0, weight[highest_first].cumsum()) / count
+        overlap = region_overlap(scores, positive)
         metrics["AUPRO"] = area_under(fpr, curve(overlap[tp_above], overlap[tp]), 0.3)
     return metrics
+
+
+def region_overlap(scores: np.ndarray, positive: np.ndarray) -> np.ndarray:
+    """For AUPRO: the share of a region that the k highest positives cover, averaged over the
+    8-connected regions, for k = 0, 1, ... all.
+
+    A mean over regions of (pixels found / area) is a sum over found pixels of 1 / (area of the
+    pixel's region), divided by the number of regions: so one sort serves all thresholds.
+    """
+    neighbours = np.zeros((3, 3, 3))
+    neighbours[1] = 1  # the 8 around a pixel, and none in another image
+    regions, number = ndimage.label(positive, neighbours)
+    region = regions[positive]  # the region that each positive is in
+    weight = 1 / np.bincount(region)[region]
+    highest_first = np.argsort(scores[positive])[::-1]
+    return np.append(0, weight[highest_first].cumsum()) / number
 
 
 def summarise(scores: np.ndarray, labels: np.ndarray, classes: np.ndarray, maps: np.ndarray,
@@ -1202,43 +1285,56 @@ def summarise(scores: np.ndarray, labels: np.ndarray, classes: np.ndarray, maps:
 # ==== end shared
 
 
-# ==== shared: report
-# What is printed and written of test images. The table comes first: no picture that fails may cost
-# the numbers.
+# ==== shared: report and predictions
+# The table comes first: no picture that fails may cost the numbers.
 
-def report(cfg: Config, samples: list[Sample], variants: dict, thresholds: dict, decides: str,
-           scales: dict) -> tuple[dict, dict]:
+RESULTS = ("scores.csv", "metrics.json", "heatmaps.png", "distributions.png")
+OVERLAY = ".overlay.png"
+MOST_CLASSES = 12  # that a picture shows
+
+
+def report(cfg: Config, samples: list, size: int, variants: Iterable, decides: str,
+           checkpoint: dict) -> tuple[dict, dict]:
     """Print and write how well the maps of some variants tell good from defective samples. Returns
     image scores (N,) and metrics, both by variant.
 
-    variants: by name a function that computes smoothed maps (N, S, S), called one after the other,
-    since maps are large; thresholds: by variant, of which `decides` is the one that flags images;
-    scales: the values that are brightest in heatmaps.png, of the variants that it shows. No number
-    here was chosen by a test label, except for the maxima of F1, which say what the best threshold
-    would have been.
+    variants: pairs of a name and maps (N, size, size), one after the other, since maps are large;
+    `decides` names the one whose threshold flags images. No threshold comes from test labels; only
+    F1max says what the best one would have been.
     """
     labels = np.array([s.label for s in samples])
     classes = np.array([s.cls for s in samples])
-    masks = load_masks(samples, variants[decides]().shape[-1])
+    masks = load_masks(samples, size)
+    # Pictures show the last good and the last defective image of each class: not picked by hand.
+    shown = list({(s.cls, s.label): i for i, s in enumerate(samples)}.values())[:2 * MOST_CLASSES]
     scores = {}
     results = {}
-    for variant, compute_maps in variants.items():
-        maps = compute_maps()
+    pictures = {}
+    for variant, maps in variants:
         scores[variant] = image_score(maps).numpy()
         results[variant] = summarise(scores[variant], labels, classes, maps.numpy(), masks)
-        del maps  # before the next are computed
+        pictures[variant] = maps[shown]
 
-    print_table(results)
-    flagged = scores[decides] > thresholds[decides]
+    if results[decides]["pooled"]:
+        print_table(results)
+    else:
+        print("no table: metrics compare good with defective images, and one kind is missing")
+    threshold = checkpoint["thresholds"][decides]
+    flagged = scores[decides] > threshold
     good = flagged[labels == 0]  # these should be False
     bad = flagged[labels == 1]  # and these True
-    print(f"threshold {thresholds[decides]:.4f}: flags {good.sum()} of {len(good)} good and "
+    print(f"threshold {threshold:.4f}: flags {good.sum()} of {len(good)} good and "
           f"{bad.sum()} of {len(bad)} defective test images; more in {cfg.out}")
-    write_scores(Path(cfg.out, "scores.csv"), samples, scores, flagged)
+    with open(Path(cfg.out, "scores.csv"), "w", newline="", encoding="utf-8",
+              errors="surrogateescape") as file:  # names that are no UTF-8, as the system has them
+        writer = csv.writer(file)
+        writer.writerow(["path", "class", "label", "anomalous", *scores])
+        for s, is_flagged, *values in zip(samples, flagged, *scores.values()):
+            writer.writerow([s.path, s.cls, s.label, is_flagged, *values])
     # Everything needed to quote a number: settings, thresholds, metrics in 0..1.
-    content = {"config": asdict(cfg), "thresholds": thresholds, "results": results}
+    content = {"config": asdict(cfg), "thresholds": checkpoint["thresholds"], "results": results}
     Path(cfg.out, "metrics.json").write_text(json.dumps(content, indent=2))
-    plot_heatmaps(Path(cfg.out, "heatmaps.png"), samples, masks, variants, scales)
+    plot_heatmaps(cfg, [samples[i] for i in shown], masks[shown], pictures, checkpoint)
     return scores, results
 
 
@@ -1246,8 +1342,8 @@ def print_table(results: dict) -> None:
     """A line for each class, the class mean and the pooled metrics, of each variant; in %."""
     parts = next(iter(results.values()))  # all variants have the same
     names = list(parts["pooled"])
-    width = max(len(part) for part in parts)
-    print(" " * (width + 9) + "".join(f"{name:>9}" for name in names))
+    width = max(map(len, parts))
+    print(" " * (width + 9), *[f"{name:>9}" for name in names], sep="")
     for part in parts:
         for variant in results:
             found = results[variant][part]
@@ -1255,145 +1351,142 @@ def print_table(results: dict) -> None:
             print(f"{part:<{width}}  {variant:<7}", *values, sep="")
 
 
-def write_scores(path: Path, samples: list[Sample], scores: dict, flagged: np.ndarray) -> None:
-    """One row an image. A file name that is no UTF-8 is written as the system has it."""
-    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "class", "label", *scores, "anomalous"])
-        for i, s in enumerate(samples):
-            values = [scores[variant][i] for variant in scores]
-            writer.writerow([s.path, s.cls, s.label, *values, flagged[i]])
+def heat(maps: Tensor, mean: float, threshold: float) -> np.ndarray:
+    """Maps -> 0..1 by one fixed scale: 0 at the mean of normal maps, 1 at twice the threshold. To
+    scale each image by itself would paint good images in the colours of defects."""
+    return ((maps - mean) / (2 * threshold - mean)).clamp(0, 1).numpy()
 
 
-def plot_heatmaps(path: Path, samples: list[Sample], masks: np.ndarray, variants: dict,
-                  scales: dict) -> None:
-    """A column an image: of each class the middle good and the middle defective one, which nobody
-    picked, at most 24 in all. Below it the ground truth, and its maps in the variants that have a
-    scale.
+def plot_heatmaps(cfg: Config, samples: list, masks: np.ndarray, pictures: dict,
+                  checkpoint: dict) -> None:
+    """A column an image. Below it the ground truth, and its maps, of the variants that have a
+    threshold."""
+    size = masks.shape[-1]
+    rows = {"image": [load_image(s.path).resize((size, size)) for s in samples],
+            "ground truth": masks}
+    for variant, threshold in checkpoint["thresholds"].items():
+        rows[f"{variant} map"] = heat(pictures[variant], checkpoint["means"][variant], threshold)
 
-    All maps in a row have the same fixed scale, black at 0: to scale each image by itself would
-    paint good images in the colours of defects.
-    """
-    groups = {}
-    for i, s in enumerate(samples):
-        groups.setdefault((s.cls, s.label), []).append(i)
-    columns = [groups[key][len(groups[key]) // 2] for key in sorted(groups)[:2 * MOST_CLASSES]]
-    images = {i: load_image(samples[i].path).resize((160, 160)) for i in columns}
-
-    rows = [("image", images, None)]  # name, pictures by index, scale
-    if masks.any():
-        rows.append(("ground truth", masks, 1))
-    for variant, scale in scales.items():
-        maps = variants[variant]()
-        pictures = {i: maps[i].clone() for i in columns}
-        rows.append((f"{variant} map\n0 to {scale:.3g}", pictures, scale))
-
-    size = (1.1 * len(columns) + 2, 1.1 * len(rows) + 0.5)  # inches
-    figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(len(rows), len(columns), squeeze=False)
-    for axes, (name, pictures, scale) in zip(grid, rows):
-        for ax, i in zip(axes, columns):
-            ax.set(xticks=[], yticks=[], frame_on=False)
-            ax.imshow(np.asarray(pictures[i]), "inferno", vmin=0, vmax=scale)
-        axes[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=12)
-    for ax, i in zip(grid[0], columns):
-        kind = "defective" if samples[i].label else "good"
-        ax.set_title(f"{samples[i].cls}\n{kind}", fontsize=12, parse_math=False)
-    figure.savefig(path, dpi=150, bbox_inches="tight", facecolor="white")
+    inches = (1.1 * len(samples) + 2, 1.1 * len(rows) + 0.5)
+    figure = Figure(figsize=inches, layout="constrained")
+    axes = figure.subplots(len(rows))
+    for ax, (name, images) in zip(axes, rows.items()):
+        ax.imshow(np.hstack(images), "inferno", vmin=0, vmax=1)
+        ax.set(xticks=[], yticks=[size / 2], yticklabels=[name], frame_on=False)
+    titles = [f"{s.cls[:14]}\n{('good', 'defective')[s.label]}" for s in samples]
+    axes[0].set_xticks(size * (np.arange(len(samples)) + 0.5), titles, parse_math=False)
+    axes[0].xaxis.tick_top()
+    figure.savefig(Path(cfg.out, "heatmaps.png"), dpi=150, bbox_inches="tight")
 
 
-OVERLAY = ".overlay.png"
-
-
-def write_predictions(cfg: Config, threshold: float, anomaly_maps: Callable) -> None:
-    """For each image that the command line names: a line of JSON, and the image with its heat map
-    on it. anomaly_maps: samples -> smoothed maps (N, S, S).
-
-    A map's value of 0 is clear and twice the threshold is the hottest, in every image. A file that
-    cannot be scored is reported, and the others are scored all the same. Raises UserError in the
-    end if there was one.
-    """
+def images_to_score(cfg: Config) -> tuple[list, list]:
+    """What predict is to score, and the images that it cannot read, each of which is reported. From
+    a folder, every file that Pillow can read is taken, except for pictures of our own. Raises
+    UserError if there is nothing to score."""
     files = []
-    for path in map(Path, cfg.paths):
-        files += images_in(path, "**") if path.is_dir() else [path]
-    files = [p for p in files if not p.name.endswith(OVERLAY)]
-    if not files:
-        raise UserError(f"no images that Pillow reads in {', '.join(cfg.paths)}; name some")
-    folder = Path(cfg.out, "predict")
-    folder.mkdir(parents=True, exist_ok=True)
-    failed = []
-    for i, path in enumerate(files):
+    for place in map(Path, cfg.paths):
+        files += files_in(place, "**/*") if place.is_dir() else [place]
+    files = [path for path in files if not path.name.endswith((OVERLAY, *RESULTS))]
+    others = [path for path in files if not is_image(path)]
+    if others:
+        print(len(others), "files that Pillow does not read as images:", others[0], "...",
+              file=sys.stderr)
+    samples = []
+    broken = []
+    for path in filter(is_image, files):
         try:
-            amap = anomaly_maps([Sample(path)])
+            load_image(path)
+            samples.append(Sample(path))
         except UserError as e:
             print(e, file=sys.stderr)
-            failed.append(path)
-            continue
-        score = image_score(amap).item()
+            broken.append(path)
+    if not samples:
+        raise UserError(f"no image can be scored in {', '.join(cfg.paths)}; name some")
+    return samples, broken
 
-        heat = (amap[0] / (2 * threshold)).clamp(0, 1).numpy()  # (S, S)
+
+def write_predictions(cfg: Config, samples: list, batches: Iterable, mean: float,
+                      threshold: float) -> None:
+    """For each sample a line of JSON, and the image with its map on it: clear where the map is as
+    low as normal ones are on average, and hottest from twice the threshold on. batches: maps
+    (B, S, S), computed as they are needed."""
+    folder = Path(cfg.out, "predict")
+    folder.mkdir(parents=True, exist_ok=True)
+    maps = (amap for batch in batches for amap in batch)
+    for number, (sample, amap) in enumerate(zip(samples, maps)):
+        score = image_score(amap[None]).item()
+        values = heat(amap, mean, threshold)
         # (S, S, 4): the colder, the more transparent
-        colours = colormaps["inferno"](heat, alpha=0.8 * heat, bytes=True)
-        image = load_image(path)
+        colours = colormaps["inferno"](values, alpha=0.8 * values, bytes=True)
+        image = load_image(sample.path)
         overlay = Image.fromarray(colours).resize(image.size)
         image.paste(overlay, mask=overlay)
         # A name may have 255 bytes at most. By its suffix the next run knows that it is ours.
-        target = folder / f"{i:04}-{path.stem[:50]}{OVERLAY}"
+        target = folder / f"{number:04}-{sample.path.stem[:50]}{OVERLAY}"
         image.save(target)
-        print(json.dumps({"path": str(path), "score": score, "threshold": threshold,
+        print(json.dumps({"path": str(sample.path), "score": score, "threshold": threshold,
                           "anomalous": score > threshold, "overlay": str(target)}))
-    if failed:
-        raise UserError(f"{len(failed)} of {len(files)} images not scored, {failed[0]} the first")
 # ==== end shared
 
 
 # ==== shared: command line and device
 # Settings, checkpoint, device: all that is decided before the first image is read.
 
-def read_command_line(argv: list[str] | None, published: Config, demo: dict,
-                      visa: dict) -> tuple[Config, dict | None]:
-    """The settings, and the checkpoint if one is to be read. Raises UserError if it cannot be.
+SCRIPT = Path(__file__).name
+HERE = Path(__file__).resolve().parent
+# torchrun says which of its processes this is, and of how many. Clusters set the same variables for
+# other purposes, so they count only under torchrun.
+UNDER_TORCHRUN = distributed.is_torchelastic_launched()
+RANK = int(os.environ["RANK"]) if UNDER_TORCHRUN else 0
+WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if UNDER_TORCHRUN else 1
 
-    tyro makes a flag of each field of Config, and its help of the comment beside it. The command
-    line is read twice: first to learn where the defaults come from, then with these defaults, so
-    that a flag goes before everything. They come from the checkpoint, else from the data set
-    (`demo`, `visa`), else they are the `published` ones.
+# Settings that may differ from those that a checkpoint was trained with. All others shape the
+# detector or its threshold.
+FREE = ("command", "paths", "data", "out", "device", "weights", "batch_size", "iters", "epochs",
+        "lr", "cache", "workers", "checkpoint", "resume")
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. main() prints its one line and ends with exit code 2."""
+
+
+def read_command_line(argv: list | None) -> tuple[Config, dict | None]:
+    """The settings, and the checkpoint if one is to be read. Raises UserError if it cannot be, or
+    for settings that are impossible.
+
+    tyro makes a flag of each field of Config, and its help of the comment beside it. A flag goes
+    before everything. Settings without a flag come from
+
+        train, on data/demo       DEMO, and for the rest the defaults of Config
+        train, on other data      the defaults of Config
+        eval, predict, --resume   the checkpoint
+
+    so the command line is read twice: first to learn which of these it is.
     """
-    config = type(published)
-    cfg = tyro.cli(config, args=argv, default=published)
-    if (cfg.command == "predict") != bool(cfg.paths):
-        raise UserError(f"{cfg.command}: name images after predict, and only there")
-
-    # A new training: the data set decides.
-    if cfg.command == "train" and not cfg.resume and not cfg.checkpoint:
+    cfg = tyro.cli(Config, args=argv)
+    checkpoint = None
+    if cfg.command == "train" and not cfg.resume:
         root = HERE / "data/demo"
         for name in ("visa", "mvtec"):
             if (HERE / "data" / name).is_dir():
                 root = HERE / "data" / name
-        if cfg.data:
-            root = Path(cfg.data).resolve()
-        preset = {}
-        if root == HERE / "data/demo":
-            preset = demo
-        elif (root / "split_csv/1cls.csv").is_file():
-            preset = visa
-        defaults = replace(published, data=str(root), **preset)
-        checkpoint = None
-
-    # All else starts from a checkpoint, and writes into its folder, except for a training that
-    # only starts from it.
+        defaults = Config(data=str(root))
+        if Path(cfg.data or root).resolve() == (HERE / "data/demo").resolve():
+            defaults = replace(defaults, **DEMO)
     else:
         path = Path(cfg.checkpoint or Path(cfg.out, "checkpoint.pt"))
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            defaults = config(**checkpoint["config"])
-        except Exception as e:  # no such file, no checkpoint, a malicious or another script's, ...
-            raise UserError(f"--checkpoint {path}: {str(e)[:100]}; name one that this script (and "
-                            "--base) wrote, or train first")
-        new = cfg.command == "train" and not cfg.resume
-        defaults = replace(defaults, out=published.out if new else str(path.parent))
+        checkpoint = read_checkpoint(path, SCRIPT)
+        defaults = Config(**checkpoint["config"] | {"out": str(path.parent)})
 
-    cfg = tyro.cli(config, args=argv, default=defaults)
+    cfg = tyro.cli(Config, args=argv, default=defaults)
+    check_settings(cfg)
+    if checkpoint:
+        for name, value in asdict(defaults).items():
+            if name not in FREE and getattr(cfg, name) != value:
+                raise UserError(f"--{name.replace('_', '-')}: the checkpoint was trained with "
+                                f"{value}; drop the flag, or train anew")
+        if cfg.command != "train" and not checkpoint["thresholds"]:
+            raise UserError("the checkpoint's training has not finished: --resume it")
     # The checkpoint must find both again from any folder.
     cfg.data = os.path.abspath(cfg.data)
     if os.path.isfile(cfg.weights):
@@ -1401,18 +1494,20 @@ def read_command_line(argv: list[str] | None, published: Config, demo: dict,
     return cfg, checkpoint
 
 
-def prepare_out(cfg: Config) -> None:
-    """Make --out. A training first removes what an earlier one left there, which could be taken for
-    its own if it stops half-way or has no test images; but not the checkpoint that it starts from.
-    """
-    Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    stale = []
-    if cfg.command == "train":
-        stale = ["scores.csv", "metrics.json", "heatmaps.png", "distributions.png"]
-        if not cfg.resume and not cfg.checkpoint:
-            stale.append("checkpoint.pt")
-    for name in stale:
-        Path(cfg.out, name).unlink(missing_ok=True)
+def check_settings(cfg: Config) -> None:
+    """Raises UserError for settings that would otherwise fail late, or not at all."""
+    if (cfg.command == "predict") != bool(cfg.paths):
+        raise UserError(f"{cfg.command}: name images after predict, and only there")
+    if cfg.command == "train" and cfg.checkpoint and not cfg.resume:
+        raise UserError("--checkpoint: is for eval, predict and --resume")
+    if UNDER_TORCHRUN and cfg.command != "train":
+        raise UserError(f"torchrun: is for training; call {cfg.command} without it")
+    if cfg.batch_size % WORLD_SIZE:
+        raise UserError(f"--batch-size: give a multiple of {WORLD_SIZE}, the number of processes")
+    for name, (least, most) in RANGES.items():
+        if not least <= getattr(cfg, name) <= most:
+            raise UserError(f"--{name.replace('_', '-')}: give a number from {least} to {most}")
+    cfg.check()
 
 
 def choose_device(name: str) -> torch.device:
@@ -1420,98 +1515,48 @@ def choose_device(name: str) -> torch.device:
     if this machine does not have it."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        if name == "cuda":  # torchrun counts the processes of one machine
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        torch.empty(0, device=name)
-    except (AssertionError, RuntimeError):  # each back end has its own
-        raise UserError(f"--device {name}: not on this machine; use --device auto")
     if name == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("--device cuda: PyTorch finds no GPU; take --device auto")
+        torch.cuda.set_device(RANK % torch.cuda.device_count())
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
         torch.backends.cudnn.deterministic = True  # convolutions repeat; not all else does
     return torch.device(name)
-# ==== end shared
 
 
-# ---- the script ----------------------------------------------------------------------------------
-# `run` tells the whole story, and `main` says what can go wrong with it.
+def autocast(x: Tensor, dtype: torch.dtype) -> torch.autocast:
+    """A context in which matrix products and convolutions run in half precision, if x is on a GPU
+    that can. [ours] D11
 
-@dataclass
-class Base:
-    """The first flag that is read. It decides which others there are."""
-
-    base: Literal["revdist", "cnc"] = "revdist"  # the detector that CADA aligns
-
-
-def run(argv: list[str], published: Config, demo: dict, visa: dict, build_detector: Callable,
-        train: Callable) -> None:
-    """Load, train, align, evaluate. All arguments but the first are of a detector, RevDist or CNC:
-    its default settings, what replaces them on the demo set and on VisA, and its two functions."""
-    cfg, checkpoint = read_command_line(argv, published, demo, visa)
-    if cfg.command != "train" and "cada" not in checkpoint:
-        raise UserError("no CADA in the checkpoint: --resume its training, or add CADA to a CNC by "
-                        "cada.py --base cnc --checkpoint FILE")
-    training = cfg.command == "train"
-    normal, test = [], []
-    if cfg.command != "predict":
-        normal, test = read_dataset(Path(cfg.data), training)
-    detector = build_detector(cfg, checkpoint)
-    if RANK == 0:
-        prepare_out(cfg)
-
-    if training:
-        kept, held = hold_out(cfg, normal)
-        checkpoint = train(detector, kept, checkpoint)
-    if RANK > 0:  # of torchrun's processes only the first evaluates and writes
-        return
-    if training:
-        align(detector, normal, held, checkpoint)
-        save_checkpoint(detector, checkpoint)
-
-    thresholds = checkpoint["thresholds"]
-    if cfg.command == "predict":
-        write_predictions(cfg, thresholds["cada"],
-                          lambda samples: aligned_maps(detector, samples, checkpoint)["cada"]())
-    elif test:
-        variants = aligned_maps(detector, test, checkpoint)
-        scales = {variant: 2 * threshold for variant, threshold in thresholds.items()}
-        scores, results = report(cfg, test, variants, thresholds, "cada", scales)
-        plot_distributions(Path(cfg.out, "distributions.png"), test, scores, results, thresholds)
-    else:
-        print(f"no test images, so nothing to evaluate; threshold {thresholds['cada']:.4f}")
+    Elsewhere it does nothing: not every CPU has a fast half precision, and a V100 only emulates
+    bfloat16.
+    """
+    able = dtype == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast("cuda", dtype, enabled=x.is_cuda and able)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line. Returns 0 on success, 2 after a mistake of the user's, told in one
-    line, and 130 after Ctrl-C."""
-    # A missing or unwritable file is a mistake too, and its own message names it.
-    mistakes = (UserError, OSError)
+def main(argv: list | None = None) -> int:
+    """Run the command line. Returns the exit code: 0, 2 after a mistake of the user's, told in one
+    line, or 130 after Ctrl-C."""
+    code = 2
     try:
-        first, others = tyro.cli(Base, args=argv, add_help=False, return_unknown_args=True)
-        if first.base == "cnc":
-            if not (HERE / "cnc.py").is_file():
-                raise UserError("--base cnc: cnc.py does not lie beside cada.py")
-            import cnc
-            mistakes = (UserError, cnc.UserError, OSError)
-            published = replace(cnc.Config(), out=Config.out)
-            run(others, published, cnc.DEMO, cnc.VISA, cnc.build, cnc.train_detector)
-        else:
-            run(others, Config(), DEMO, {}, build, train_detector)
+        run(argv)
         return 0
-    except mistakes as e:
-        # Of a mistake that a loader's worker found, the end of its traceback.
-        message = str(e).rsplit("UserError: ", 1)[-1]
-        print("cada.py: error:", " ".join(message.split()), file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError:
-        print("cada.py: error: the GPU's memory is full; lower --batch-size", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
-        print("cada.py: error: interrupted; --resume goes on from the last checkpoint, if any",
-              file=sys.stderr)
-        return 130
+        code = 130
+        error = "interrupted; --resume goes on from the last checkpoint in --out, if any"
+    except torch.OutOfMemoryError:
+        error = "the GPU's memory is full; lower --batch-size"
+    except (UserError, OSError) as e:  # a missing or unwritable file's own message names it
+        error = " ".join(str(e).split())
+    print(f"{SCRIPT}: error: {error}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # for names that the console cannot print
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="replace")  # for names that the console cannot print
+    if hasattr(signal, "SIGPIPE"):  # a quiet end in `... | head`
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main())
+# ==== end shared

@@ -2,9 +2,10 @@ r"""CNC: language keeps the decoder from reproducing defects (AAAI 2025, arXiv:2
 
 Wang, Wang, Bai, Lim, Xiao. CNC: Cross-modal Normality Constraint for Unsupervised Multi-class
 Anomaly Detection, 2025. This is a reconstruction from public facts, and every choice says where it
-comes from: [paper] is stated there, [port] was seen only in a third-party port, which proves
-nothing, [author] in public code of CADA's first author (in shared sections), [ours] is a reading of
-ours. D1, D2, ... number these in the README's list of departures.
+comes from: [paper] is stated in the paper's abstract, captions or settings; [port] was seen only in
+a third party's port to face images (github.com/olgi9911/CNC-FAS), which proves nothing about the
+paper; [author], in shared sections, in public code of CADA's first author; [ours] is a reading of
+ours. D1, D2, ... number our readings in the README's list of departures.
 
 The idea. A frozen CLIP describes the image, and a decoder that has seen normal images only must
 reproduce the description; where it fails, the image is anomalous. But many classes teach the
@@ -13,18 +14,19 @@ guides the decoded features towards learnable prompts that mean "normal", whatev
 sends each patch through 2 of 5 experts, so that patches of different kinds disturb each other less.
 
 How text helps. CLIP has a joint space, in which images and texts can be compared. There t_n is the
-vector of the normal prompt and t_a that of the abnormal one; the margin of a patch says how much
-nearer it is to t_n than to t_a, and psi in 0..1 how normal that is. The constraint moves decoded
-patches towards t_n. The promotion adds psi (t_n - t_a) to a patch and to its decoded version. Where
-psi is large, both gain the same direction, so that what the decoder gets wrong about texture counts
-for less; where it is small, they keep their full distance. A text that means nothing does this at
-random, which costs a little.
+vector of the normal prompt and t_a that of the abnormal one. The margin of a patch says how much
+nearer it is to t_n than to t_a, and psi in 0..1 says how normal that is. The *constraint* moves
+decoded patches towards t_n. The *promotion* adds a = psi (t_n - t_a) to a patch e and to its
+decoded version d: the larger psi, the more cos(e + a, d + a) exceeds cos(e, d). So what the decoder
+gets wrong about patches that look normal counts for less. Text without meaning does this at random.
+
+A "tap" is a block of CLIP whose output is read and must be reproduced.
 
     image (B, 3, S, S)               "[V1]..[V4] object." "[V1]..[V4] damaged object." per tap
       |                                                     |
     Teacher, frozen CLIP image tower             PromptLearner, frozen CLIP text tower
       |                                                     |
-    e1, e2, e3 (B, 1+N, C), from 3 blocks        t_n, t_a (taps, 2, D), unit vectors
+    e1, e2, e3 (B, 1+N, C), from 3 taps          t_n, t_a (taps, 2, D), unit vectors
       |                                                     |
     Student: fuse -> (B, 1+N, C)                            |
       |      GatedMoE, 2 of 5 experts a token               |
@@ -35,23 +37,23 @@ random, which costs a little.
       |                                      <--- promotion: v* = v + psi(e) (t_n - t_a), v = e, d
     M = mean over taps of 1 - cos(e*, d*) -> (B, S, S) -> blur -> image score (B,)
 
-From paper to code ("tap": a block of the teacher whose output is read):
+From paper to code:
 
     frozen CLIP [paper], tapped at thirds [port]   Teacher
-    class-agnostic learnable prompts [paper]       PromptLearner; their words: [ours] D16
+    class-agnostic learnable prompts [paper]       PromptLearner; their words: [ours] D13
     gated mixture-of-experts [paper]               GatedMoE
     fusion of the taps, decoder [port]             Student
-    feature-level normality promotion [paper]      promote; its form: [ours] D13
-    cross-modal normality constraint [paper]       CNC.constraint; its form: [ours] D10
-    theta = 5, tau = 0.001 [paper]                 CNC.forward: warm-up epochs, and temperature of
-                                                   the constraint; these roles: [ours] D9, D10
-    distillation by cosine [paper]                 CNC.distance; by patches: [ours] D12
-    joint space of image and text                  Teacher.joint; for all taps: [ours] D11
-    anomaly map M [paper]                          CNC.describe, image_score; details: [ours] D15
+    feature-level normality promotion [paper]      promote, CNC.psi; its form: [ours] D15
+    cross-modal normality constraint [paper]       CNC.constraint; its form: [ours] D17
+    tau = 0.001 [paper]                            temperature in CNC.constraint; role: [ours] D17
+    theta = 5 [paper]                              epochs of warm-up in train; role: [ours] D18
+    distillation by cosine [paper]                 CNC.distance; by patches: [ours] D16
+    joint space of image and text                  Teacher.joint; for all taps: [ours] D12
+    anomaly map M [paper]                          CNC.describe, image_score; details: [ours] D20
 
-Read it from the top. The method comes first, in the order in which an image passes through it;
-then come training and evaluation, and after them what every such script needs. Sections between
-`shared` banners stand in cada.py letter for letter.
+Read it from the top. Down to the appendix it is the paper: the method, in the order in which an
+image passes through it, then training and evaluation. The appendix is what any such script needs.
+Sections between `shared` banners stand in cada.py letter for letter.
 
     python cnc.py                                      train and evaluate; without data/mvtec and
                                                        data/visa on the small set in data/demo
@@ -60,26 +62,26 @@ then come training and evaluation, and after them what every such script needs. 
     python cnc.py eval --checkpoint FILE               the same numbers again
     python cnc.py predict PATH ... --checkpoint FILE   score images, write heat maps
     torchrun --nproc-per-node=N cnc.py ...             train on N GPUs
-    python cada.py --base cnc                          one threshold for all classes (cada.py)
+    python cada.py --cnc FILE                          one threshold for all classes (cada.py)
 """
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import logging
 import math
 import os
+import signal
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import partial
-from glob import glob
 from pathlib import Path
 from typing import Literal
+
+os.environ.pop("MPLBACKEND", None)  # figures are files here; a notebook's backend may be missing
 
 import numpy as np
 import open_clip
@@ -92,45 +94,11 @@ from PIL import ExifTags, Image, ImageOps
 from scipy import ndimage
 from sklearn.model_selection import train_test_split
 from torch import Tensor, distributed, nn
-from torch.utils.data import DataLoader
-from torchvision.transforms import Compose, ConvertImageDtype, PILToTensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import Compose, ConvertImageDtype, Normalize, PILToTensor, Resize
+from torchvision.transforms import InterpolationMode
 from tqdm import tqdm
 from tyro.conf import Positional
-
-HERE = Path(__file__).resolve().parent
-
-
-# ==== shared: words used throughout
-# These words are used by both scripts throughout.
-
-@dataclass(frozen=True)
-class Sample:
-    """One image of a data set. No model sees its class `cls`, which serves the report and, in
-    cada.py, a comparison with one who knows it."""
-
-    path: Path
-    cls: str = ""
-    label: int = 0  # 1 is anomalous; told by the folder, since a resized mask may lose a defect
-    mask: Path | None = None
-
-
-class UserError(Exception):
-    """A mistake that the user can mend. main() prints its one line and ends with exit code 2."""
-
-
-def autocast(x: Tensor, dtype: torch.dtype) -> torch.autocast:
-    """A context in which matrix products and convolutions run in half precision, if x is on a GPU
-    that can. [ours] D18
-
-    Elsewhere it does nothing: not every CPU has a fast half precision, and a V100 only emulates
-    bfloat16.
-    """
-    able = dtype == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast("cuda", dtype, enabled=x.is_cuda and able)
-
-
-MOST_CLASSES = 12  # that a picture shows
-# ==== end shared
 
 
 # ---- settings ------------------------------------------------------------------------------------
@@ -141,10 +109,30 @@ MOST_CLASSES = 12  # that a picture shows
 class Config:
     """Train and evaluate CNC, evaluate a checkpoint again, or score images with it.
 
-    The defaults are the published settings for MVTec AD [paper], where there are any; VisA differs
-    in one. On data/demo a tiny teacher and fewer epochs replace them. With a checkpoint, its
-    settings are the defaults instead.
+    The defaults are the published settings for MVTec AD [paper], where there are any. On data/demo
+    a tiny teacher and fewer epochs replace them. With a checkpoint, its settings are the defaults
+    instead.
     """
+
+    # frozen CLIP: a ViT of open_clip's [paper], or tiny, a small one built here [ours] D1.
+    # OpenAI's weights want a name that ends in -quickgelu
+    teacher: str = "ViT-L-14-336-quickgelu"
+    weights: str = "openai"  # of the teacher [paper]: open_clip tag, file, or none: random
+    # sides in pixels of the square that images are squashed to [paper], a multiple of the teacher's
+    # patch; 128 for tiny
+    image_size: int = 336
+    batch_size: int = 8  # images a training step [paper], of all processes of torchrun together
+    epochs: int = 250  # passes over the training images [paper]; for VisA give 200 [paper]
+    lr: float = 1e-3  # Adam learning rate [paper]
+    experts: int = 5  # experts of the gated mixture [paper]
+    top_k: int = 2  # experts that each token uses [paper]
+    # first epochs, in which the prompts learn and the decoder is not yet guided [paper], meaning
+    # [ours] D18; the distillation runs from the start
+    theta: int = 5
+    tau: float = 0.001  # temperature of the constraint [paper], role [ours] D17
+    moe: bool = True  # gated mixture of experts; --no-moe: one expert for all tokens
+    fnp: bool = True  # feature-level normality promotion
+    constraint: bool = True  # guide the decoded features towards normal text
 
     # train (and evaluate), evaluate a checkpoint, or predict: score images of unknown label
     command: Positional[Literal["train", "eval", "predict"]] = "train"
@@ -152,62 +140,31 @@ class Config:
     data: str = ""  # data set folder; if not given: data/mvtec, else data/visa, else data/demo
     out: str = "runs/cnc"  # folder for everything that is written
     seed: int = 0  # it decides the weights, the batches, the images held out and the dropout
-    # auto: a GPU of NVIDIA's if there is one, else the CPU; mps: Apple's GPU
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    # frozen CLIP: a ViT of open_clip's [paper], or tiny, a small one built here [ours] D3.
-    # OpenAI's weights want a name that ends in -quickgelu
-    teacher: str = "ViT-L-14-336-quickgelu"
-    weights: str = "openai"  # of the teacher [paper]: open_clip tag, file, or none: random
-    # sides in pixels of the square that images are squashed to, a multiple of the teacher's patch;
-    # 0: what it was made for, 336 [paper]
-    image_size: int = 0
-    # blocks of the teacher to reproduce, for instance 8 16 24; if not given: those at one third,
-    # two thirds and all of its depth [port]
-    taps: tuple[int, ...] = ()
-    batch_size: int = 8  # images a training step [paper], of all processes of torchrun together
-    epochs: int = 250  # passes over the training images [paper]; 200 on VisA (raw archive)
-    lr: float = 1e-3  # Adam learning rate [paper]
-    experts: int = 5  # experts of the gated mixture [paper]
-    top_k: int = 2  # experts that each token uses [paper]
-    # epochs in which the constraint teaches the prompts and not yet the decoder [paper], meaning
-    # [ours] D9; the distillation runs from the start
-    theta: int = 5
-    tau: float = 0.001  # temperature of the constraint [paper], role [ours] D10
-    moe: bool = True  # gated mixture of experts; --no-moe: one expert for all tokens
-    fnp: bool = True  # feature-level normality promotion
-    # guide the decoded features towards normal text; in the warm-up the prompts learn by the same
-    # loss, and with --no-constraint they still do if the promotion needs them
-    constraint: bool = True
-    # share of the training images that is kept back for the threshold; 0: none [ours] D1
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one, else the CPU
+    # share of the training images that is kept back for the threshold; 0: none [ours] D9
     holdout: float = 0.1
     # compute the teacher's features of the training images once, into an unnamed file in --out;
     # --no-cache computes them anew in every step [ours] D2
     cache: bool = True
     workers: int = 4  # processes that read images; there are never more than CPU cores
-    # what eval, predict and --resume read (default: checkpoint.pt in --out); given to train
-    # without --resume, the training goes on from it in another --out
+    # what eval, predict and --resume read; if not given: checkpoint.pt in --out
     checkpoint: str = ""
     resume: bool = False  # go on with an interrupted training
 
-    def __post_init__(self) -> None:
-        """Raises UserError for values that would otherwise fail late, or not at all."""
-        if not 0 <= self.seed < 2**32:
-            raise UserError("--seed: give a whole number from 0 to 4294967295")
-        if self.batch_size < 1:
-            raise UserError("--batch-size: give at least 1")
-        if self.epochs < 1:
-            raise UserError("--epochs: give at least 1")
-        if not 1 <= self.top_k <= self.experts:
-            raise UserError("--top-k: give 1 to --experts")
-        if not self.tau > 0:
-            raise UserError("--tau: give a temperature above 0")
-        if not 0 <= self.holdout <= 0.9:
-            raise UserError("--holdout: give a share from 0 to 0.9")
+    def check(self) -> None:
+        """Raises UserError for what RANGES cannot say."""
+        if self.top_k > self.experts:
+            raise UserError("--top-k: give at most --experts")
+        if self.constraint and self.theta >= self.epochs:
+            raise UserError("--theta: give less than --epochs, or the decoder is never guided")
 
 
-# On the demo set two CPU cores are enough. [ours] D3
-DEMO = {"teacher": "tiny", "weights": "none", "epochs": 30, "workers": 0}
-VISA = {"epochs": 200}  # [paper]
+RANGES = {"image_size": (16, 4096), "batch_size": (1, 10**6), "epochs": (1, 10**6), "lr": (0, 1),
+          "experts": (1, 1000), "top_k": (1, 1000), "theta": (0, 10**6), "tau": (1e-6, 1e3),
+          "seed": (0, 2**32 - 1), "holdout": (0, 0.9), "workers": (0, 1000)}
+
+# On the demo set two CPU cores are enough. [ours] D1
+DEMO = {"teacher": "tiny", "weights": "none", "image_size": 128, "epochs": 30, "workers": 0}
 
 
 # ---- frozen teacher: CLIP ------------------------------------------------------------------------
@@ -218,39 +175,29 @@ VISA = {"epochs": 200}  # [paper]
 class Teacher(nn.Module):
     """CLIP, both towers: no gradients into its weights, always in eval mode. [paper]
 
-    forward: (B, 3, S, S) -> for each tap (B, 1 + N, C) float16: the CLS token, which stands for the
-    whole image, then the patches row by row. Blocks after the last tap are not run. The tokens are
-    in half precision whether they are cached or not, so that --no-cache changes the time and, but
-    for rounding, nothing else. [ours] D2
-    Raises UserError for impossible taps or sizes, and for weights that cannot be had or do not fit.
+    forward: (B, 3, S, S) -> for each of three taps (B, 1 + N, C): the CLS token, which stands for
+    the whole image, then the patches row by row. The taps are the blocks at one third, two thirds
+    and all of the depth [port]. The tokens are float16, so that they can be stored. [ours] D2
+    Raises UserError for an impossible size, and for weights that cannot be had or do not fit.
     """
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
         self.random = cfg.weights == "none"
-        # The teacher of a seed is the same whatever was drawn before it, and nothing that is drawn
-        # after it, the student's weights above all, depends on the teacher.
+        # A random stream of its own: teacher and student do not depend on each other's draws.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)
-            self.clip, self.tokenizer = load_clip(cfg.teacher, cfg.weights, cfg.image_size)
+            self.clip, self.tokenizer = load_clip(cfg)
         visual = self.clip.visual
         patch = visual.patch_size[0]
-        self.size = visual.image_size[0]
-        self.grid = self.size // patch
-        self.width = visual.class_embedding.shape[0]
-        if self.size % patch:
+        if cfg.image_size % patch:
             raise UserError(f"--image-size: {cfg.teacher} takes multiples of {patch}")
-
+        self.grid = cfg.image_size // patch
+        self.width = visual.class_embedding.shape[0]
         depth = len(visual.transformer.resblocks)
-        self.taps = list(cfg.taps) or [round(depth * third / 3) for third in (1, 2, 3)]
-        rising = self.taps == sorted(set(self.taps))
-        if not rising or self.taps[0] < 1 or self.taps[-1] > depth:
-            raise UserError(f"--taps: give rising numbers of blocks, 1 to {depth}")
-
-        self.hash = None if self.random else weights_hash(self)
-        if self.random:
-            self.register_buffer("mean", torch.zeros(len(self.taps), 1, self.width))
-            self.register_buffer("whiten", torch.eye(self.width).repeat(len(self.taps), 1, 1))
+        self.taps = [round(depth * third / 3) for third in (1, 2, 3)]
+        # Tokens of a random CLIP are whitened (appendix); those of a trained one stay as they are.
+        self.whitening = Whitening(self.width) if self.random else None
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> nn.Module:
@@ -258,118 +205,29 @@ class Teacher(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, x: Tensor) -> list[Tensor]:
+    def raw_tokens(self, x: Tensor) -> list[Tensor]:
+        """CLIP's own tokens at each tap, (B, 1 + N, C)."""
         # open_clip's own way to intermediate blocks; it counts them from 0, and stops at the last.
-        blocks = [tap - 1 for tap in self.taps]
         with autocast(x, torch.float16):
             found = self.clip.visual.forward_intermediates(
-                x, indices=blocks, stop_early=True, intermediates_only=True,
-                output_fmt="NLC", output_extra_tokens=True)
-        tokens = []
-        for i in range(len(self.taps)):
-            cls = found["image_intermediates_prefix"][i]  # (B, 1, C)
-            patches = found["image_intermediates"][i]  # (B, N, C)
-            t = torch.cat([cls, patches], dim=1)
-            if self.random:  # its tokens differ in length from block to block and from CLS to patch
-                t = (F.layer_norm(t.float(), (self.width,)) - self.mean[i]) @ self.whiten[i]
-            tokens.append(t.half())
-        return tokens
+                x, indices=[tap - 1 for tap in self.taps], stop_early=True,
+                intermediates_only=True, output_fmt="NLC", output_extra_tokens=True)
+        tokens = zip(found["image_intermediates_prefix"], found["image_intermediates"])
+        return [torch.cat([cls, patches], dim=1) for cls, patches in tokens]
 
-    def estimate_statistics(self, batches: Iterable) -> None:
-        """Give a random teacher the mean and covariance of the training images' tokens, tap by tap:
-        from now on it answers with whitened ones. [ours] D3
-
-        A random network says little more than the mean colour of a patch: that one direction drowns
-        all others in a cosine, and a decoder has learned it in no time. Whitening brings texture up
-        to the same size. The tokens of a trained CLIP are left as they are.
-        """
-        # Sums over all tokens, in float64, because a difference of two large ones follows.
-        count = 0
-        total = torch.zeros(self.mean.shape, dtype=torch.float64)
-        products = torch.zeros(self.whiten.shape, dtype=torch.float64)
-        for x in batches:
-            tokens = torch.stack(self(x)).flatten(1, 2).cpu().double()  # (taps, B * (1 + N), C)
-            count += tokens.shape[1]
-            total += tokens.sum(1, keepdim=True)
-            products += tokens.mT @ tokens
-
-        mean = total / count  # (taps, 1, C)
-        covariance = products / count - mean.mT @ mean  # (taps, C, C), of each tap = V L V^T
-        self.mean.copy_(mean)
-        # The whitening matrix of a tap is W = V (L / l_max + 1/1000)^(-1/2) V^T. Directions with
-        # less than a thousandth of the largest variance count as noise, which stays small.
-        for tap in range(len(self.taps)):
-            values, vectors = torch.linalg.eigh(covariance[tap])  # (C,), rising, and (C, C)
-            scale = (values / values[-1] + 1e-3).rsqrt()
-            self.whiten[tap] = (vectors * scale) @ vectors.T
-
-    def unwhitened(self, features: list[Tensor]) -> list[Tensor]:
-        """Undo the whitening: [(B, 1 + N, C)] -> the same, layer-normalised, less a mean that is
-        the same for all.
-
-        Whitening brings out what tells patches apart, at the cost of what tells classes apart, and
-        CADA wants to know classes. [ours] D17
-        """
-        if not self.random:
-            return features
-        return [features[i] @ torch.linalg.inv(self.whiten[i]) for i in range(len(features))]
+    def forward(self, x: Tensor) -> list[Tensor]:
+        tokens = self.raw_tokens(x)
+        if self.random:
+            tokens = self.whitening(tokens)
+        return [t.half() for t in tokens]
 
     def joint(self, tokens: Tensor) -> Tensor:
         """P(f): tokens of any tap (..., C) -> unit vectors in the space shared with text (..., D).
 
-        CLIP's own frozen head, though it was made for the CLS token of the last block [ours] D11. A
+        CLIP's own frozen head, though it was made for the CLS token of the last block [ours] D12. A
         learned head under a cosine loss may collapse: to map all to one vector makes it zero.
         """
         return F.normalize(self.clip.visual.ln_post(tokens) @ self.clip.visual.proj, dim=-1)
-
-
-# A CLIP that needs no download: random weights from a seed, small enough for a CPU. [ours] D3
-TINY_VISION = {"image_size": 128, "patch_size": 16, "width": 192, "layers": 6}
-TINY_TEXT = {"context_length": 32, "width": 128, "heads": 2, "layers": 3}
-
-
-def tiny_clip(size: int) -> open_clip.CLIP:
-    """The small CLIP for images of size x size pixels, 0: 128 x 128."""
-    vision = TINY_VISION | {"image_size": size or TINY_VISION["image_size"]}
-    clip = open_clip.CLIP(embed_dim=192, vision_cfg=vision, text_cfg=TINY_TEXT)
-    clip.visual.positional_embedding.data *= 0.3  # as it is drawn, it outweighs texture
-    nn.init.orthogonal_(clip.visual.proj)  # as good as a rotation: the joint space keeps cosines
-    return clip
-
-
-def load_clip(name: str, weights: str, size: int) -> tuple[open_clip.CLIP, Callable]:
-    """A CLIP and its tokenizer: tiny, or open_clip's of that name.
-
-    Raises UserError for weights that cannot be had or do not fit, and for a CLIP that is not a
-    plain ViT with a CLS token and a text tower of CLIP's kind.
-    """
-    logging.disable(logging.CRITICAL)  # open_clip logs what we report ourselves
-    # Weights that were trained with QuickGELU, x * sigmoid(1.702 x), as OpenAI's were, would run
-    # with plain GELU and be a little wrong in every block. open_clip warns; we stop.
-    warnings.filterwarnings("error", "QuickGELU mismatch")
-    try:
-        if name == "tiny":
-            clip = tiny_clip(size)
-            if weights != "none":
-                open_clip.load_checkpoint(clip, weights)
-            tokenizer = open_clip.SimpleTokenizer(context_length=TINY_TEXT["context_length"])
-        else:
-            # open_clip knows itself whether these weights are a tag or a file.
-            pretrained = None if weights == "none" else weights
-            clip = open_clip.create_model(name, pretrained, force_image_size=size or None,
-                                          pretrained_text=False)
-            tokenizer = open_clip.get_tokenizer(name)
-        plain_text = isinstance(tokenizer, open_clip.SimpleTokenizer)
-        plain_image = getattr(clip.visual, "pool_type", "") == "tok"
-        if not (isinstance(clip, open_clip.CLIP) and plain_text and plain_image):
-            raise ValueError("not a plain ViT with a CLS token and a text tower of CLIP's kind")
-        return clip, tokenizer
-    except Exception as e:  # a failed download, a broken file, an unknown name: many kinds
-        raise UserError(f"--teacher {name} --weights {weights}: {str(e)[:200]}; give tiny or a ViT "
-                        "of open_clip's, as ViT-B-16-quickgelu, and a tag or file of its weights, "
-                        "or none")
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 # ---- class-agnostic prompts ----------------------------------------------------------------------
@@ -378,7 +236,7 @@ def load_clip(name: str, weights: str, size: int) -> tuple[open_clip.CLIP, Calla
 
 class PromptLearner(nn.Module):
     """Two learnable sentences for each tap, the same for all classes: no class name enters.
-    [paper] Their form is [ours] D16, after the template of AnomalyCLIP:
+    [paper] Their form is [ours] D13, after the template of AnomalyCLIP:
 
         normal    [V1] [V2] [V3] [V4] object.
         abnormal  [V1] [V2] [V3] [V4] damaged object.
@@ -399,9 +257,8 @@ class PromptLearner(nn.Module):
         super().__init__()
         ids = tokenizer(self.SENTENCES)  # (2, length): start, context, sentence, end, padding
         words = clip.token_embedding(ids).detach()  # (2, length, dim)
-        # Both follow from the teacher, so no checkpoint needs to store them.
-        self.register_buffer("ids", ids, persistent=False)
-        self.register_buffer("words", words, persistent=False)
+        self.register_buffer("ids", ids)
+        self.register_buffer("words", words)
         self.ctx = nn.Parameter(words[0, 1:1 + self.N_CTX].repeat(taps, 1, 1))
         start = encode_prompts(clip, words, ids).detach()  # (2, D)
         self.register_buffer("start", start.repeat(taps, 1, 1))
@@ -419,8 +276,8 @@ def encode_prompts(clip: open_clip.CLIP, words: Tensor, ids: Tensor) -> Tensor:
     tokens ids (n, length) -> unit vectors (n, D)."""
     x = clip.transformer(words + clip.positional_embedding, attn_mask=clip.attn_mask)
     x = clip.ln_final(x)  # (n, length, dim)
-    # The mask lets a token read those before it, so only the end token has read the sentence. It
-    # has the largest number.
+    # The mask lets a token read those before it, so only the end token has read the sentence. Its
+    # id is the largest in CLIP's vocabulary.
     end = ids.argmax(dim=-1)
     text = x[torch.arange(len(x)), end] @ clip.text_projection
     return F.normalize(text.float(), dim=-1)
@@ -508,7 +365,7 @@ class Student(nn.Module):
 
 # ---- CNC -----------------------------------------------------------------------------------------
 # Teacher, prompts and student together: what text adds to reverse distillation. First the two small
-# formulas, promotion and margin, then the statistics that give a margin its scale, then the loss.
+# formulas, margin and promotion, then the statistics that give a margin its scale, then the loss.
 
 def margin(v: Tensor, text: Tensor) -> Tensor:
     """<v, t_n - t_a>: how much nearer unit vectors v (taps, B, N, D) are to the normal text than to
@@ -522,20 +379,20 @@ def promote(v: Tensor, psi: Tensor, text: Tensor) -> Tensor:
 
     v: unit vectors (taps, B, N, D), psi (taps, B, N) in 0..1, text (taps, 2, D). Returns
     (taps, B, N, D), not normalised, since the cosine that follows does that. Encoded and decoded
-    patch gain the same, so the angle between them mostly shrinks, and shrinks the more the more
-    normal the text finds the patch; one that it finds abnormal keeps its distance. That CNC has a
-    promotion is [paper], its form [ours] D13.
+    patch gain the same vector, so mostly the angle between them shrinks, the more so the more
+    normal the text finds the patch. That CNC has a promotion is [paper], its form [ours] D15.
     """
     direction = text[:, 0] - text[:, 1]  # (taps, D)
     return v + psi[..., None] * direction[:, None, None]
 
 
 class NormalMargins(nn.Module):
-    """Mean and standard deviation of the margins of encoded normal patches, tap by tap, (taps, 1,
-    1) each, over all training steps so far. [ours] D10, D13
+    """The scale of margins: mean and standard deviation, (taps, 1, 1) each, of the margins of
+    encoded normal patches in a training step, averaged over all training steps so far. [ours] D15
 
     What a margin of 0.05 means differs from tap to tap and from CLIP to CLIP; these two say it
-    without any label. (With torchrun they are those of the first process's images.)
+    without any label. The first epochs count, though the prompts still move: their text stays near
+    its start. (With torchrun they are of the first process's images.)
     """
 
     def __init__(self, taps: int) -> None:
@@ -557,25 +414,30 @@ class NormalMargins(nn.Module):
 class CNC(nn.Module):
     """Reverse distillation with a cross-modal normality constraint.
 
-    CADA and the shared code need this much of a detector: `preprocess` turns an image into a uint8
-    tensor; `standardise` turns a batch of them, on the device, into the input of `teacher`, which
-    gives frozen features; called on these, the detector gives the loss, and `describe` turns them
-    into pooled features and a raw anomaly map.
+    This is all that CADA and the shared code ask of a detector:
+
+        preprocess     image -> uint8 tensor (3, S, S)
+        standardise    batch of these, on the device -> float (B, 3, S, S), the teacher's input
+        teacher        -> features, a list of three float16 tensors; .random: no trained weights
+        forward        features -> loss, a scalar
+        describe       features -> pooled features (B, F), raw anomaly maps (B, S, S)
+        size           S
     """
 
-    BALANCE_WEIGHT = 0.01  # [ours] D14
+    BALANCE_WEIGHT = 0.01  # [ours] D19
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
         self.cfg = cfg
+        self.size = cfg.image_size
         self.teacher = Teacher(cfg)
         clip = self.teacher.clip
         taps = len(self.teacher.taps)
-        stored = getattr(clip.visual, "preprocess_cfg", {})  # what the weights were trained with
-        resize, _, _, normalise_colours = open_clip.image_transform(  # squashed [ours] D19
-            self.teacher.size, is_train=False, mean=stored.get("mean"), std=stored.get("std"),
-            interpolation=stored.get("interpolation"), resize_mode="squash").transforms
+        resize = Resize((self.size, self.size), InterpolationMode.BICUBIC)  # squashed [ours] D3
         self.preprocess = Compose([resize, PILToTensor()])
+        colours = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
+        colours |= getattr(clip.visual, "preprocess_cfg", {})  # what the weights were trained with
+        normalise_colours = Normalize(colours["mean"], colours["std"])
         self.standardise = Compose([ConvertImageDtype(torch.float32), normalise_colours])
         self.prompts = PromptLearner(clip, self.teacher.tokenizer, taps)
         self.margins = NormalMargins(taps)
@@ -589,10 +451,9 @@ class CNC(nn.Module):
             decoded, balance = self.student(encoded)
         return encoded, [d.float() for d in decoded], balance
 
-    def text(self, learning: bool = False) -> Tensor:
-        """t_n and t_a of each tap, (taps, 2, D), with a gradient only while the prompts learn."""
-        with torch.set_grad_enabled(learning):
-            return self.prompts(self.teacher.clip)
+    def text(self) -> Tensor:
+        """t_n and t_a of each tap, (taps, 2, D)."""
+        return self.prompts(self.teacher.clip)
 
     def patches(self, tokens: list[Tensor]) -> Tensor:
         """Lists of (B, 1 + N, C) -> patches in the joint space, unit vectors (taps, B, N, D)."""
@@ -601,32 +462,33 @@ class CNC(nn.Module):
     def psi(self, e: Tensor, text: Tensor) -> Tensor:
         """The cross-modal control coefficient of encoded patches, (taps, B, N, D) -> (taps, B, N)
         in 0..1: a sigmoid of how many standard deviations the margin is above the average of normal
-        patches. [ours] D13"""
+        patches. [ours] D15"""
         deviations = (margin(e, text) - self.margins.mean) / (self.margins.std + 1e-6)
         return deviations.sigmoid()
 
     def distance(self, e: Tensor, d: Tensor, text: Tensor) -> Tensor:
         """1 - cos(e*, d*) of each patch: (taps, B, N, D) -> (taps, B, N) in 0..2. RD with a cosine
-        is [paper], patch by patch and in the joint space [ours] D12."""
+        is [paper], patch by patch and in the joint space [ours] D16."""
         if self.cfg.fnp:
-            psi = self.psi(e, text)  # of e for both: by training, d looks normal anyway
+            # psi of e for both: d is pushed to look normal, so a psi of d would say nothing.
+            psi = self.psi(e, text)
             e = promote(e, psi, text)
             d = promote(d, psi, text)
         return 1 - F.cosine_similarity(e, d, dim=-1)
 
     def constraint(self, v: Tensor, text: Tensor) -> Tensor:
-        """The cross-modal normality constraint: the cross entropy of softmax(<v, [t_n, t_a]> / tau)
-        against "normal", times tau; mean over patches v (taps, B, N, D). [paper] that there is one
-        and the value of tau; its form is [ours] D10.
+        """The cross-modal normality constraint on patches v (taps, B, N, D), a scalar: the cross
+        entropy of softmax(<v, [t_n, t_a]> / tau) against "normal", times tau, where each cosine is
+        taken less its mean over normal patches. [paper] that there is a constraint, and the value
+        of tau; its form is [ours] D17.
 
-        Each cosine is taken less its mean over normal patches. Else the sign of the average margin
-        would decide whether all patches have a gradient or none: at tau = 0.001 a gap of 0.01 is
-        one of 10 between the logits. A softmax sees only the difference of its two logits, so the
-        margin and 0 say the same.
+        A softmax of two logits sees only their difference, centred = margin - its mean. So
 
-        With two texts the cross entropy is log(1 + exp(-margin / tau)). At tau = 0.001 that is a
-        hinge: 0 where the margin is above the average, and below it a line of slope 1 / tau. Times
-        tau the slope is 1, like that of a cosine in the distillation.
+            tau * cross entropy = tau * log(1 + exp(-centred / tau)),
+
+        at tau = 0.001 nearly a hinge: 0 where the margin is above the average, and below it a line
+        of slope 1, like that of a cosine in the distillation. Not centred, the sign of the average
+        margin would decide whether all patches have a gradient or none.
         """
         centred = margin(v, text) - self.margins.mean  # (taps, B, N)
         logits = torch.stack([centred, torch.zeros_like(centred)], dim=-1) / self.cfg.tau
@@ -634,77 +496,65 @@ class CNC(nn.Module):
         return self.cfg.tau * F.cross_entropy(logits.flatten(0, 2), normal)
 
     def forward(self, features: list[Tensor], warm_up: bool = False) -> Tensor:
-        """The loss: L = L_distillation + L_constraint + 0.01 L_balance, a scalar; and in the
-        warm-up, while the prompts learn, |text - start|^2. The weights are [ours] D10, D14, D16.
+        """The loss: L = L_distillation + 0.01 L_balance, and L_prompts in the warm-up, L_constraint
+        after it; a scalar. The weights are [ours] D19.
 
-        In the warm-up the constraint reads *encoded* patches and teaches the prompts to find all
-        normal patches alike, held back by their distance to the words that they started as. After
-        it, it reads *decoded* patches [paper] and teaches the decoder; the prompts are fixed. That
-        theta means this is [ours] D9.
+        In the warm-up the constraint reads *encoded* patches and teaches the prompts; after it, it
+        reads *decoded* patches [paper] and teaches the decoder, and the prompts are fixed. That
+        theta means this is [ours] D18.
         """
         encoded, decoded, balance = self.decode(features)
         e = self.patches(encoded)
         d = self.patches(decoded)
-        learning = warm_up and self.uses_text()
-        text = self.text(learning)
-        self.margins.update(margin(e, text))
+        text = self.text()
+        fixed_text = text.detach()
+        self.margins.update(margin(e, fixed_text))
 
-        # Distillation. It must not teach the prompts: they could learn to hide errors.
-        loss = self.distance(e, d, text.detach()).mean() + self.BALANCE_WEIGHT * balance
-        # Warm-up: the prompts learn from what the teacher says of normal patches. Their distance to
-        # where they started keeps "damaged" damaged.
-        if learning:
-            drift = (text - self.prompts.start).square().sum((1, 2)).mean()
-            loss = loss + self.constraint(e, text) + drift
-        # After it: the decoder learns, since the text has no gradient.
-        elif self.cfg.constraint and not warm_up:
-            loss = loss + self.constraint(d, text)
+        # The distillation must not teach the prompts: they could learn to hide errors.
+        loss = self.distance(e, d, fixed_text).mean() + self.BALANCE_WEIGHT * balance
+        if warm_up:
+            loss = loss + self.prompt_loss(e, text)
+        elif self.cfg.constraint:
+            loss = loss + self.constraint(d, fixed_text)
         return loss
 
-    def uses_text(self) -> bool:
-        """Whether anything reads the prompts, so that they should learn in the warm-up."""
-        return self.cfg.fnp or self.cfg.constraint
+    def prompt_loss(self, e: Tensor, text: Tensor) -> Tensor:
+        """What the prompts learn from encoded normal patches: to find them all alike. They are held
+        back by |text - start|^2, their distance to the words that they started as, which keeps
+        "damaged" damaged. [ours] D13"""
+        drift = (text - self.prompts.start).square().sum((1, 2)).mean()
+        return self.constraint(e, text) + drift
 
     def describe(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Teacher features -> (pooled (B, 2 * taps * C), raw anomaly map (B, S, S) in 0..2).
 
         M = mean over taps of 1 - cos(e*, d*) of each patch, up-sampled [paper]. A token's value
-        belongs to the centre of its patch, hence no align_corners [ours] D15. The pooled features,
+        belongs to the centre of its patch, hence no align_corners [ours] D20. The pooled features,
         mean and standard deviation over patches, are for CADA: frozen features of the whole image
-        tell its class. [ours] D6
+        tell its class. [ours] D4
         """
         encoded, decoded, _ = self.decode(features)
         e = self.patches(encoded)  # (taps, B, N, D)
         d = self.patches(decoded)
         m = self.distance(e, d, self.text()).mean(0)  # over taps: (B, N)
-        maps = self.upsample(m, "bilinear")
+        grid = m.view(-1, 1, self.teacher.grid, self.teacher.grid)
+        maps = F.interpolate(grid, (self.size, self.size), mode="bilinear")[:, 0]
 
+        if self.teacher.random:  # CADA wants to know classes, which whitening hides [ours] D21
+            encoded = self.teacher.whitening.undo(encoded)
         pooled = []
-        for tokens in self.teacher.unwhitened(encoded):
+        for tokens in encoded:
             std, mean = torch.std_mean(tokens[:, 1:], dim=1)  # (B, C) each
             pooled += [mean, std]
         return torch.cat(pooled, dim=1), maps
 
-    def explain(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """What the report shows: what the text alone says of each patch, 1 - psi in 0..1, (B, N);
-        and the anomaly map, smoothed (B, S, S)."""
-        _, maps = self.describe(features)
-        e = self.patches([f.float() for f in features])
-        psi = self.psi(e, self.text())  # (taps, B, N)
-        return 1 - psi.mean(0), smooth(maps)
-
-    def upsample(self, values: Tensor, mode: str) -> Tensor:
-        """One value a patch (B, N) -> one a pixel (B, S, S)."""
-        grid = values.view(-1, 1, self.teacher.grid, self.teacher.grid)
-        return F.interpolate(grid, (self.teacher.size, self.teacher.size), mode=mode)[:, 0]
-
 
 # ==== shared: map and score
-# These turn an anomaly map into one number an image, whatever the detector.
+# These turn an anomaly map into one number an image, and many numbers into a threshold.
 
 def smooth(maps: Tensor) -> Tensor:
     """Gaussian blur of (N, H, W) maps. Sigma is 4 pixels at 256 x 256 [author], where the kernel is
-    cut to 5 x 5; here it is not cut, in proportion at other sizes, and edges repeat. [ours] D4
+    cut to 5 x 5; here it is not cut, in proportion at other sizes, and edges repeat. [ours] D8
 
     The kernel sums to one, so with repeated edges a constant map stays constant. The blur therefore
     commutes with (A - u) / (gamma - u): to normalise before it [author] or after it is the same.
@@ -723,32 +573,22 @@ def image_score(maps: Tensor) -> Tensor:
     return pixels.topk(highest, dim=1).values.mean(1)
 
 
-@torch.no_grad()
-def run_on_images(detector: nn.Module, samples: list[Sample], function: Callable) -> list[Tensor]:
-    """Apply a function to the teacher's features of all images, batch by batch. Returns its
-    results, tensors (N, ...) on the CPU. Raises UserError for an image of which the last result, a
-    map or what is taken from it, is not finite: no comparison with it would mean anything."""
-    detector.eval()  # BatchNorm by its running statistics: a score must not depend on its batch
-    batches = []  # joined once at the end: a tensor that grows would be copied at each batch
-    for x in image_batches(detector, samples):
-        batches.append([t.cpu() for t in function(detector.teacher(x))])
-    results = [torch.cat(parts) for parts in zip(*batches)]
-    for sample, values in zip(samples, results[-1]):
-        if not values.isfinite().all():
-            raise UserError(f"{sample.path}: its anomaly map is not finite; look at the image, or "
-                            "train again with a lower --lr")
-    return results
+def conformal_threshold(scores: Tensor, quantile: float = 0.99) -> float:
+    """The ceil((n + 1) quantile)-th smallest of the scores of n normal images, or the largest.
+
+    A new normal image like these lies above it with a probability of at most 1 - quantile, if n is
+    large enough (99 for 0.99) and nothing has learned from these n. (In cada.py CADA has, and the
+    promise is a little weaker.) [ours] D9
+    """
+    n = len(scores)
+    rank = min(math.ceil((n + 1) * quantile), n)  # the + 1 counts the new image among the n
+    return scores.sort().values[rank - 1].item()
 # ==== end shared
 
 
 # ---- training ------------------------------------------------------------------------------------
 # One loop runs two phases: first the prompts learn, then the decoder under their guidance. With
 # torchrun several processes train together, each on its share of the images.
-
-# torchrun says which of its processes this is, and of how many.
-RANK = int(os.environ.get("RANK", 0))
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
-
 
 def build(cfg: Config, checkpoint: dict | None) -> CNC:
     """The detector on its device, with the weights of a checkpoint if there is one."""
@@ -762,210 +602,372 @@ def build(cfg: Config, checkpoint: dict | None) -> CNC:
     return detector.to(choose_device(cfg.device))
 
 
-def train_detector(detector: CNC, samples: list[Sample], checkpoint: dict | None) -> dict:
+def train(cfg: Config, detector: CNC, samples: list[Sample], checkpoint: dict | None) -> dict:
     """Train on normal images, from where the checkpoint stopped if there is one. Returns the new
-    checkpoint. Raises UserError for a loss that is no number.
+    checkpoint.
 
     Prompts, fusion, experts and decoder learn; the teacher's features are computed without
-    gradients. In the first theta epochs the constraint teaches the prompts, afterwards the decoder.
-    There is no validation and no best epoch, which only test images could choose: the last step
-    counts.
+    gradients. There is no validation and no best epoch, which only test images could choose: the
+    last step counts.
     """
-    cfg = detector.cfg
-    steps_an_epoch = len(samples) / cfg.batch_size
+    steps_an_epoch = len(samples) / cfg.batch_size  # a batch may reach into the next epoch
     steps = max(1, round(cfg.epochs * steps_an_epoch))
-    warm_up_steps = cfg.theta * steps_an_epoch
-    step = checkpoint["step"] if checkpoint else 0
-    if step >= steps:
-        print(f"trained already: {step} steps", file=sys.stderr)
+    start = checkpoint["step"] if checkpoint else 0
+    if start >= steps:
+        print(f"trained already: {start} steps", file=sys.stderr)
         return checkpoint
-    if cfg.batch_size % WORLD_SIZE:
-        raise UserError(f"--batch-size: give a multiple of the {WORLD_SIZE} processes")
     # A random teacher sees all images in every process, or each would have another teacher.
-    if detector.teacher.random and step == 0:
-        detector.teacher.estimate_statistics(image_batches(detector, samples))
+    if detector.teacher.random and start == 0:
+        detector.teacher.whitening.estimate(detector.teacher,
+                                            image_batches(cfg, detector, samples))
 
     parameters = [*detector.student.parameters(), *detector.prompts.parameters()]
     optimizer = torch.optim.Adam(parameters, cfg.lr, fused=True)  # Adam: [paper]; fused: faster
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         optimizer.param_groups[0]["lr"] = cfg.lr  # a flag goes before what the checkpoint says
+    # Under torchrun the gradient is the mean over all processes. After the warm-up the prompts have
+    # none.
     engine = detector
     if WORLD_SIZE > 1:
         distributed.init_process_group()
+        engine = nn.parallel.DistributedDataParallel(detector, find_unused_parameters=True)
 
     share = samples[RANK::WORLD_SIZE]  # the images of this process
-    batches = shuffled(len(share), cfg.batch_size // WORLD_SIZE, steps, cfg.seed)
-    features = teacher_features(detector, share, batches[step:])
+    batches = shuffled_batches(cfg, len(share), steps)
+    features = teacher_features(cfg, detector, share, batches[start:])
     detector.train()
-    phase = None
-    bar = tqdm(features, "training", steps, initial=step, disable=None)
-    for encoded in bar:
-        warm_up = step < warm_up_steps
-        if warm_up != phase:  # at the first step, and at the end of the warm-up
-            phase = warm_up
-            detector.prompts.requires_grad_(warm_up and detector.uses_text())
-            # The gradient is the mean over all processes. Which parameters have one is settled when
-            # the wrapper is made.
-            if WORLD_SIZE > 1:
-                engine = nn.parallel.DistributedDataParallel(detector)
-
-        torch.manual_seed(hash((cfg.seed, RANK, step)))  # dropout, the same in a resumed run
+    bar = tqdm(features, "training", steps, initial=start, disable=None)
+    for step, encoded in enumerate(bar, start + 1):
+        # Dropout draws the same in a resumed run.
+        torch.manual_seed(hash((cfg.seed, RANK, step - 1)))
+        warm_up = step - 1 < cfg.theta * steps_an_epoch
         loss = engine(encoded, warm_up=warm_up)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        step += 1
 
-        # Ten checkpoints in all, and a look at the loss before each.
-        due = step % max(1, steps // 10) == 0 or step == steps
-        if due or step % 20 == 0:  # seldom: item() waits for the GPU
-            value = loss.item()
-            bar.set_postfix(loss=f"{value:.4f}")
-            if not math.isfinite(value):
-                raise UserError(f"the loss is {value}; give a lower --lr")
-        if due and RANK == 0:
+        if step % 20 == 0:  # seldom: item() waits for the GPU
+            bar.set_postfix(loss=f"{loss.item():.4f}")
+        if step % max(1, steps // 10) == 0 or step == steps:  # about ten times
             checkpoint = {"step": step, "optimizer": optimizer.state_dict()}
-            save_checkpoint(detector, checkpoint)
+            save_checkpoint(cfg, detector, samples, checkpoint)
 
     if WORLD_SIZE > 1:
         distributed.destroy_process_group()
     return checkpoint
 
 
-# ---- evaluation ----------------------------------------------------------------------------------
-# Besides CNC's map the report shows what the text alone would say.
+# ---- calibration and evaluation ------------------------------------------------------------------
 
-def explain_all(detector: CNC, samples: list[Sample]) -> dict:
-    """Two variants of anomaly maps of images, each a function that returns them (N, S, S): "text",
-    what the text alone says; "cnc", smoothed."""
-    text, maps = run_on_images(detector, samples, detector.explain)
-    return {"text": lambda: detector.upsample(text, "nearest"), "cnc": lambda: maps}
+def calibrate(cfg: Config, detector: CNC, held: list[Sample]) -> dict:
+    """Take the threshold and the scale of pictures from normal images that were kept back from
+    training. Returns what the checkpoint keeps of it."""
+    scores = []
+    means = []
+    for _, maps in describe_images(cfg, detector, held):
+        scores.append(image_score(smooth(maps)))
+        means.append(maps.mean((1, 2)))
+    return {"thresholds": {"cnc": conformal_threshold(torch.cat(scores))},
+            "means": {"cnc": torch.cat(means).mean().item()}}
 
 
-# ==== shared: fitting a detector
-# Training needs more than a model: images kept back, batches in a fixed order, features that are
+def evaluate(cfg: Config, detector: CNC, test: list[Sample], checkpoint: dict) -> None:
+    """Report how well the maps tell good from defective test images."""
+    maps = [smooth(maps) for _, maps in describe_images(cfg, detector, test)]
+    report(cfg, test, detector.size, [("cnc", torch.cat(maps))], "cnc", checkpoint)
+
+
+# ---- the script ----------------------------------------------------------------------------------
+
+def run(argv: list[str] | None) -> None:
+    """The whole story: load, train, calibrate, evaluate; or load and predict."""
+    cfg, checkpoint = read_command_line(argv)
+    if cfg.command == "predict":
+        samples, broken = images_to_score(cfg)
+        detector = build(cfg, checkpoint)
+        maps = (smooth(maps) for _, maps in describe_images(cfg, detector, samples))
+        write_predictions(cfg, samples, maps, checkpoint["means"]["cnc"],
+                          checkpoint["thresholds"]["cnc"])
+        if broken:
+            raise UserError(f"{len(broken)} images not scored, {broken[0]} the first")
+        return
+
+    normal, test = read_dataset(Path(cfg.data), cfg.command == "train")
+    detector = build(cfg, checkpoint)
+    Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    if cfg.command == "train":
+        kept, held = hold_out(cfg, normal, checkpoint)
+        samples = [normal[i] for i in kept]
+        checkpoint = train(cfg, detector, samples, checkpoint)
+        if RANK > 0:  # of torchrun's processes only the first evaluates and writes
+            return
+        checkpoint = checkpoint | calibrate(cfg, detector, [normal[i] for i in held])
+        save_checkpoint(cfg, detector, samples, checkpoint)
+    if test:
+        evaluate(cfg, detector, test, checkpoint)
+    else:
+        print("no test images, so nothing to evaluate; threshold "
+              f"{checkpoint['thresholds']['cnc']:.4f}")
+
+
+# ---- Appendix: what any such script needs --------------------------------------------------------
+# One who reads for the paper may stop here. First CLIP from its library, and the random one that
+# needs no download.
+
+def load_clip(cfg: Config) -> tuple[open_clip.CLIP, Callable]:
+    """A CLIP and its tokenizer: tiny, or open_clip's of that name.
+
+    Raises UserError for weights that cannot be had or do not fit, and for a CLIP that is not a
+    plain ViT with a CLS token and a text tower of CLIP's kind.
+    """
+    name = cfg.teacher
+    weights = cfg.weights
+    logging.disable(logging.CRITICAL)  # open_clip logs what we report ourselves
+    try:
+        if name == "tiny":
+            clip = tiny_clip(cfg.image_size)
+            if weights != "none":
+                open_clip.load_checkpoint(clip, weights)
+            tokenizer = open_clip.SimpleTokenizer(context_length=TINY_TEXT["context_length"])
+        else:
+            # Weights that were trained with QuickGELU, x * sigmoid(1.702 x), as OpenAI's were,
+            # would run with plain GELU and be a little wrong in every block. open_clip warns; we
+            # stop.
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", "QuickGELU mismatch")
+                # open_clip knows itself whether these weights are a tag or a file.
+                pretrained = None if weights == "none" else weights
+                clip = open_clip.create_model(name, pretrained, force_image_size=cfg.image_size,
+                                              pretrained_text=False)
+            tokenizer = open_clip.get_tokenizer(name)
+        plain_text = isinstance(tokenizer, open_clip.SimpleTokenizer)
+        plain_image = getattr(clip.visual, "pool_type", "") == "tok"
+        if not (isinstance(clip, open_clip.CLIP) and plain_text and plain_image):
+            raise ValueError("not a plain ViT with a CLS token and a text tower of CLIP's kind")
+        return clip, tokenizer
+    except Exception as e:  # a failed download, a broken file, an unknown name: many kinds
+        raise UserError(f"--teacher {name} --weights {weights}: {str(e)[:200]}; give tiny or a ViT "
+                        "of open_clip's, as ViT-B-16-quickgelu, and a tag or file of its weights, "
+                        "or none")
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+# A CLIP that needs no download: random weights from a seed, small enough for a CPU. [ours] D1
+TINY_TEXT = {"context_length": 32, "width": 128, "heads": 2, "layers": 3}
+
+
+def tiny_clip(size: int) -> open_clip.CLIP:
+    """The small CLIP for images of size x size pixels."""
+    vision = {"image_size": size, "patch_size": 16, "width": 192, "layers": 6}
+    clip = open_clip.CLIP(embed_dim=192, vision_cfg=vision, text_cfg=TINY_TEXT)
+    clip.visual.positional_embedding.data *= 0.3  # tuned: as it is drawn, it outweighs texture
+    nn.init.orthogonal_(clip.visual.proj)  # as good as a rotation: the joint space keeps cosines
+    return clip
+
+
+class Whitening(nn.Module):
+    """For a random CLIP: tokens of each tap, layer-normalised and whitened, so that they have no
+    mean and all directions are of one size. [ours] D1
+
+    A random network says little more than the mean colour of a patch: that one direction drowns all
+    others in a cosine, and a decoder learns it at once. Whitening brings texture up to its size.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3, 1, width))
+        self.register_buffer("matrix", torch.eye(width).repeat(3, 1, 1))
+
+    def forward(self, tokens: list[Tensor]) -> list[Tensor]:
+        """[(B, 1 + N, C)] -> the same. Tokens differ in length from block to block and from CLS to
+        patch, hence the layer normalisation."""
+        whitened = []
+        for t, mean, matrix in zip(tokens, self.mean, self.matrix):
+            normalised = F.layer_norm(t.float(), (t.shape[-1],))
+            whitened.append((normalised - mean) @ matrix)
+        return whitened
+
+    def undo(self, whitened: list[Tensor]) -> list[Tensor]:
+        """Back to tokens as they were, but for the layer normalisation and the mean."""
+        return [t @ torch.linalg.inv(matrix) for t, matrix in zip(whitened, self.matrix)]
+
+    def estimate(self, teacher: Teacher, batches: Iterable) -> None:
+        """Take mean and covariance from the tokens of training images, tap by tap."""
+        # Sums over all tokens, in float64, because a difference of two large ones follows.
+        count = 0
+        total = torch.zeros(self.mean.shape, dtype=torch.float64)
+        products = torch.zeros(self.matrix.shape, dtype=torch.float64)
+        for x in batches:
+            tokens = torch.stack(teacher(x)).flatten(1, 2).cpu().double()  # not whitened as yet
+            count += tokens.shape[1]  # (taps, B * (1 + N), C)
+            total += tokens.sum(1, keepdim=True)
+            products += tokens.mT @ tokens
+
+        mean = total / count  # (taps, 1, C)
+        covariance = products / count - mean.mT @ mean  # (taps, C, C), of each tap = V L V^T
+        self.mean.copy_(mean)
+        # The whitening matrix of a tap is W = V (L / l_max + 1/1000)^(-1/2) V^T. Directions with
+        # less than a thousandth of the largest variance count as noise, which stays small.
+        for tap in range(3):
+            values, vectors = torch.linalg.eigh(covariance[tap])  # (C,), rising, and (C, C)
+            scale = (values / values[-1] + 1e-3).rsqrt()
+            self.matrix[tap] = (vectors * scale) @ vectors.T
+
+
+# ==== shared: features and checkpoint
+# What training needs besides a model: images kept back, batches in a fixed order, features that are
 # computed once, and a checkpoint.
 
-def hold_out(cfg: Config, samples: list[Sample]) -> tuple[list, list]:
-    """Normal images to train on, and those kept back at random for the threshold, because the
-    decoder knows the former too well. With --holdout 0 all images are trained on, and the
-    threshold, taken from the same, comes out too low. What this costs is printed. [ours] D1"""
-    kept, held = samples, samples
+def hold_out(cfg: Config, samples: list, checkpoint: dict | None) -> tuple[list, list]:
+    """Indices of the normal images to train on, and of those kept back at random for the threshold,
+    because the decoder knows the former too well. With --holdout 0 both are all images, and the
+    threshold comes out too low. [ours] D9
+
+    Raises UserError if a checkpoint was trained on other images: then some of those kept back now
+    may not have been kept back before.
+    """
+    kept = held = list(range(len(samples)))
     if cfg.holdout > 0:
-        kept, held = train_test_split(samples, test_size=cfg.holdout, random_state=cfg.seed)
-    lost = {s.cls for s in samples} - {s.cls for s in kept}
-    if lost:
-        print("--holdout keeps back all training images of", *sorted(lost), file=sys.stderr)
+        kept, held = train_test_split(kept, test_size=cfg.holdout, random_state=cfg.seed)
+    if checkpoint and checkpoint["images"] != names_in_data(cfg, [samples[i] for i in kept]):
+        raise UserError(f"--data {cfg.data}: these are not the training images of the checkpoint; "
+                        "give the folder that it was trained on, or train anew")
+    if len(kept) < WORLD_SIZE:
+        raise UserError(f"torchrun: {WORLD_SIZE} processes for {len(kept)} training images")
     if len(held) < 99:
         print("threshold: the highest score of", len(held), "normal images; for at most 1 % of "
               "false alarms it takes 99", file=sys.stderr)
     return kept, held
 
 
-def conformal_threshold(scores: Tensor, quantile: float = 0.99) -> float:
-    """The ceil((n + 1) quantile)-th smallest of the scores of n normal images, or the largest.
-
-    A new normal image like these lies above it with a probability of at most 1 - quantile, if n is
-    large enough (99 for 0.99) and nothing has learned from these n. (In cada.py CADA has, and the
-    promise is a little weaker.) [ours] D1
-    """
-    n = len(scores)
-    rank = min(math.ceil((n + 1) * quantile), n)  # the + 1 counts the new image among the n
-    return scores.sort().values[rank - 1].item()
+def names_in_data(cfg: Config, samples: list) -> list:
+    """The samples' paths within the data set, which may have moved."""
+    return [str(s.path.relative_to(cfg.data)) for s in samples]
 
 
-def shuffled(n: int, batch_size: int, steps: int, seed: int) -> list:
+def shuffled_batches(cfg: Config, n: int, steps: int) -> list:
     """The batches of a whole training run as lists of indices below n, epoch after epoch. The seed
     alone decides them, so a resumed run goes on with the batches that it would have had."""
-    generator = torch.Generator().manual_seed(seed)
+    size = cfg.batch_size // WORLD_SIZE
+    # Each process of torchrun has an order of its own. Neighbours are of one class, so with one
+    # order for all, a step would see little more than one class.
+    generator = torch.Generator().manual_seed(cfg.seed + RANK)
     order = []  # a batch may take the last images of an epoch and the first ones of the next
-    while len(order) < steps * batch_size:
+    while len(order) < steps * size:
         order += torch.randperm(n, generator=generator).tolist()
-    return [order[i * batch_size:(i + 1) * batch_size] for i in range(steps)]
+    return [order[i * size:(i + 1) * size] for i in range(steps)]
 
 
-def teacher_features(detector: nn.Module, samples: list[Sample],
-                     batches: list) -> Iterator:
+def teacher_features(cfg: Config, detector: nn.Module, samples: list, batches: list) -> Iterator:
     """Yield the teacher's features of each batch, a list of indices of samples. They are computed
     once [ours] D2, or with --no-cache anew for every batch.
 
-    Training uses no augmentation, so every epoch would compute the same again. The features of each
-    layer stay as one float16 array (N, ...) in an unnamed file in --out. The system keeps as much
-    of it in memory as fits. The files disappear with the process, even a killed one: they are never
-    stale. Raises UserError if the disk is full.
+    Training uses no augmentation, so every epoch would compute the same again. Each of the three
+    features stays as one float16 array (N, ...) in an unnamed file in --out, of which the system
+    keeps in memory what fits. The files disappear with the process, even a killed one. Raises
+    UserError if the disk is full.
     """
-    teacher = detector.teacher
-    if not detector.cfg.cache:
-        for x in image_batches(detector, samples, batches):
-            yield teacher(x)
+    if not cfg.cache:
+        for x in image_batches(cfg, detector, samples, batches):
+            yield detector.teacher(x)
         return
 
-    # The files are written first and mapped into memory afterwards: to write through the map would
-    # kill the process on a full disk, while a plain write raises an error.
-    one = teacher(next(image_batches(detector, samples, [[0]])))
-    files = [tempfile.TemporaryFile(dir=detector.cfg.out) for _ in one]
-    for x in image_batches(detector, samples):
-        try:
-            for file, f in zip(files, teacher(x)):
-                file.write(f.cpu().contiguous().numpy())
-                file.flush()
-        except OSError as e:
-            raise UserError(f"no room in --out for the cache: {e}; make some, or use --no-cache")
+    # Written first and mapped into memory afterwards: on a full disk a plain write raises an error,
+    # and a write through the map would kill the process.
+    files = [tempfile.TemporaryFile(dir=cfg.out) for _ in range(3)]
+    for x in image_batches(cfg, detector, samples):
+        features = detector.teacher(x)
+        for file, f in zip(files, features):
+            try:
+                f.cpu().contiguous().numpy().tofile(file)
+            except OSError as e:
+                raise UserError(f"no room in --out for the cache: {e}; use --no-cache")
     arrays = []
-    for file, f in zip(files, one):
+    for file, f in zip(files, features):
         shape = (len(samples), *f.shape[1:])
         arrays.append(np.memmap(file, np.float16, "r", shape=shape))
-    for indices in batches:
-        yield [torch.from_numpy(array[indices]).to(f.device) for array in arrays]
+    for rows in batches:
+        yield [torch.from_numpy(array[rows]).to(x.device) for array in arrays]
 
 
-def save_checkpoint(detector: nn.Module, checkpoint: dict) -> None:
-    """Add settings and weights to a checkpoint and write it to checkpoint.pt, whole or not at all:
-    neither a kill nor a full disk leaves a half. It holds plain values and tensors:
+@torch.no_grad()
+def describe_images(cfg: Config, detector: nn.Module, samples: list) -> Iterator:
+    """Yield pooled features (B, F) and raw anomaly maps (B, S, S) of the samples, batch by batch,
+    on the CPU. Raises UserError for a map that is not finite: no comparison with it would mean
+    anything."""
+    detector.eval()  # BatchNorm by its running statistics: a score must not depend on its batch
+    for x in image_batches(cfg, detector, samples):
+        pooled, maps = detector.describe(detector.teacher(x))
+        if not maps.isfinite().all():
+            raise UserError("an anomaly map is not finite; train again with a lower --lr")
+        yield pooled.cpu(), maps.cpu()
 
-    config, a dict of Config; weights, a state_dict for each part of the detector, but of a trained
-    teacher only a hash; step and optimizer, to go on from; thresholds, by variant; and of cada.py
-    cada, regress and oracle. Raises UserError if it cannot be written.
+
+def save_checkpoint(cfg: Config, detector: nn.Module, samples: list, checkpoint: dict) -> None:
+    """Write checkpoint.pt, whole or not at all, and remove what an earlier run left in --out and
+    what does not belong to it. It holds plain values and tensors:
+
+        script, config     who wrote it, with which settings
+        weights            a state_dict for each part of the detector; of a trained teacher, which
+                           need not be stored again, only a fingerprint
+        images             what it was trained on: names of the samples
+        step, optimizer    to go on from
+        thresholds, means  by variant, see calibrate; {} before the training is finished
+        and of cada.py     cada, regress, oracle; cnc, the settings of CNC if that is the detector
+
+    Raises UserError for weights that are not finite, and if the file cannot be written.
     """
-    checkpoint["config"] = asdict(detector.cfg)
+    if RANK > 0:  # of torchrun's processes only the first writes
+        return
     weights = {name: part.state_dict() for name, part in detector.named_children()}
     if not detector.teacher.random:
-        weights["teacher"] = detector.teacher.hash
-    checkpoint["weights"] = weights
-    path = Path(detector.cfg.out, "checkpoint.pt")
+        weights["teacher"] = fingerprint(detector.teacher)
+    if not all(w.isfinite().all() for w in weights["student"].values()):
+        raise UserError("the training diverged, its weights are not finite; give a lower --lr")
+    content = {"thresholds": {}, "means": {}} | checkpoint | {
+        "script": SCRIPT, "config": asdict(cfg), "weights": weights,
+        "images": names_in_data(cfg, samples)}
+
+    path = Path(cfg.out, "checkpoint.pt")
     unfinished = path.with_suffix(".partial")
     try:
-        torch.save(checkpoint, unfinished)
+        torch.save(content, unfinished)
     except RuntimeError as e:  # torch's, on a full disk for instance
         unfinished.unlink(missing_ok=True)
         raise UserError(f"no checkpoint could be written to --out: {e}; is there room?")
     os.replace(unfinished, path)  # in one go, by the system
+    for name in RESULTS:
+        Path(cfg.out, name).unlink(missing_ok=True)
 
 
-def weights_hash(module: nn.Module) -> str:
+def read_checkpoint(path: str | Path, script: str) -> dict:
+    """A checkpoint that `script` wrote. Raises UserError if it is none."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["script"] == script:
+            return checkpoint
+        reason = f"{checkpoint['script']} wrote it"
+    except Exception as e:  # no such file, no checkpoint, a malicious one: many kinds
+        reason = str(e)[:100]
+    raise UserError(f"{path} is no checkpoint of {script}: {reason}; name one, or train first")
+
+
+def fingerprint(module: nn.Module) -> float:
     """It tells whether a file or a download still holds the weights that it held in training."""
-    sha = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        # open_clip may have resized this one, which CPUs of another kind round differently.
-        if "positional_embedding" not in name:
-            sha.update(tensor.numpy())
-    return sha.hexdigest()
+    return sum(w.double().abs().sum().item() for w in module.state_dict().values())
 
 
 def load_weights(detector: nn.Module, checkpoint: dict) -> None:
-    """Put the weights of a checkpoint into the detector. Raises UserError if they do not fit it,
-    some are missing or left over, or if its trained teacher is another one."""
+    """Put the weights of a checkpoint into the detector. Raises UserError if its trained teacher
+    is not the one that the checkpoint was trained with."""
     for name, part in detector.named_children():  # teacher, student, ...
-        try:
-            weights = checkpoint["weights"][name]
-            if name != "teacher" or part.random:
-                part.load_state_dict(weights)
-            elif weights != part.hash:
-                raise ValueError
-        except (KeyError, RuntimeError, TypeError, ValueError):
-            raise UserError(f"the checkpoint's {name} does not fit; drop the flags that change it, "
-                            "and give the --weights that it was trained with")
+        weights = checkpoint["weights"][name]
+        if not isinstance(weights, float):
+            part.load_state_dict(weights)
+        elif not math.isclose(weights, fingerprint(part), rel_tol=1e-6):
+            raise UserError("--weights: another teacher than in training; give the same file")
 # ==== end shared
 
 
@@ -977,14 +979,31 @@ SUFFIXES = {s for s, kind in Image.registered_extensions().items() if kind in Im
 GOOD = ("good", "ok", "normal")  # folders of normal images, in upper or lower case
 
 
-def paths_in(folder: Path, pattern: str) -> list[Path]:
-    """Files and folders in name order, without hidden ones; links are followed."""
-    return sorted(folder / name for name in glob(pattern, root_dir=folder, recursive=True))
+@dataclass(frozen=True)
+class Sample:
+    """One image of a data set. No model sees its class `cls`, which serves the report and, in
+    cada.py, the oracle."""
+
+    path: Path
+    cls: str = ""
+    label: int = 0  # 1 is anomalous; from the folder name, since a small defect may lose its mask
+    mask: Path | None = None
 
 
-def images_in(folder: Path, pattern: str) -> list[Path]:
-    """The image files among them."""
-    return [p for p in paths_in(folder, pattern) if p.suffix.lower() in SUFFIXES]
+def files_in(folder: Path, pattern: str) -> list:
+    """The files that match, in name order, without hidden ones. A * follows links to folders, and
+    ** does not, since it might never end."""
+    files = []
+    for path in sorted(folder.glob(pattern)):
+        hidden = "/." in f"/{path.relative_to(folder).as_posix()}"
+        if not hidden and not path.is_dir():
+            files.append(path)
+    return files
+
+
+def is_image(path: Path) -> bool:
+    """Whether Pillow knows files of this type."""
+    return path.suffix.lower() in SUFFIXES
 
 
 def read_dataset(root: Path, training: bool = True) -> tuple[list, list]:
@@ -996,155 +1015,149 @@ def read_dataset(root: Path, training: bool = True) -> tuple[list, list]:
     """
     if not root.is_dir():
         raise UserError(f"--data {root}: no such folder; give its place, also if it has moved")
-    if (root / "split_csv/1cls.csv").is_file():
-        train, test = read_visa(root)
-    else:
-        train, test = read_mvtec(root, training)
-    if training and len(train) < 10:  # CADA needs some, and a mistake in the path is more likely
-        raise UserError(f"--data {root}: {len(train)} training images, which is too few; put 10 or "
-                        "more normal images into <class>/train/good")
-    if not training and not test:
-        raise UserError(f"--data {root}: no test images in <class>/test/<kind>")
-    samples = train + test if training else test
+    visa = (root / "split_csv/1cls.csv").is_file()
+    train, test = read_visa(root) if visa else read_mvtec(root)
+    classes = {s.cls for s in train}
+    samples = train + test
+    if not training:
+        samples = test
+    elif len(train) < 10:  # CADA needs some, and a mistake in the path is more likely
+        raise UserError(f"--data {root}: {len(train)} training images; put 10 or more normal ones "
+                        "into <class>/train/good")
+    for s in samples:
+        if training and s.cls not in classes:
+            raise UserError(f"--data {root}: no training images of {s.cls}; put normal ones into "
+                            "<class>/train/good, and not into folders below")
     with ThreadPoolExecutor() as pool:  # threads suffice: Pillow decodes without Python's lock
         checks = pool.map(check_files, samples)
-        shares = list(tqdm(checks, "checking images", len(samples), leave=False, disable=None))
-
-    # Else the metrics of pixels would be missing or wrong, and nobody would notice.
-    truths = paths_in(root, "**/ground_truth")
-    if truths and not sum(shares):
-        raise UserError(f"{truths[0]}: no mask marks anything on a test image; arrange masks as in "
-                        "data/README.md, or remove all ground_truth")
+        marked = list(tqdm(checks, "checking images", len(samples), leave=False, disable=None))
 
     # Most of what can go wrong with a data set shows in this line.
-    masks = [s.mask for s in test if s.mask]
-    used = {s.path for s in train + test} | set(masks)
-    others = [p for p in paths_in(root, "**") if p.is_file()]
-    others = [p for p in others if not used & {p, p.parent}]  # a folder may be a mask
-    defective = sum(s.label for s in test)
-    share = sum(shares) / max(1, len(masks))
-    print(f"{root}:", len({s.cls for s in samples}), "classes,", len(train), "training,",
-          len(test) - defective, "good and", defective, "defective test images,", len(masks),
-          f"masks with {share:.1%} of their pixels marked;", len(others), "files not used",
-          *others[:1], file=sys.stderr)
+    used = {s.path for s in train + test} | {s.mask for s in test}
+    unused = [path for path in files_in(root, "**/*") if path not in used]
+    print(f"{root}: {len(classes)} classes, {len(train)} training and {len(test)} test images, "
+          f"{sum(s.label for s in test)} of them defective, {sum(marked)} with a mask; "
+          f"{len(unused)} files not used", *unused[:1], file=sys.stderr)
+    # Else the metrics of pixels would be missing, and nobody would notice.
+    if not any(marked) and any("ground_truth" in path.parts for path in unused + [*used]):
+        raise UserError(f"--data {root}: no mask in ground_truth marks anything on a test image; "
+                        "arrange masks as in data/README.md, or remove all ground_truth")
     return train, test
 
 
-def check_files(sample: Sample) -> float:
-    """The share of pixels that the sample's mask marks, or 0. Raises UserError if image or mask
+def read_mvtec(root: Path) -> tuple[list, list]:
+    """Read an MVTec-style tree, <class>/{train/good,test/<kind>,ground_truth/<kind>}/*, or the
+    folder of a single class.
+
+    The mask of 000.png is 000_mask or 000, with any suffix: names decide, never sort order. A set
+    may have no masks at all, but if it has some, each defective image needs one. Raises UserError
+    where it is missing, or where two files share their name.
+    """
+    single = (root / "train").is_dir() or (root / "test").is_dir()
+    found = {"train": {}, "test": {}, "ground_truth": {}}
+    for path in filter(is_image, files_in(root, "*/*/*" if single else "*/*/*/*")):
+        cls, part, kind, _ = path.parts[-4:]
+        name = (cls, kind, path.stem.removesuffix("_mask"))
+        if part not in found or part == "train" and kind.lower() not in GOOD:
+            continue
+        if name in found[part]:
+            raise UserError(f"{path} shares its name with {found[part][name]}; rename one, and "
+                            "keep masks in ground_truth, one an image")
+        found[part][name] = path
+
+    masks = found["ground_truth"]
+    samples = {"train": [], "test": []}
+    for part in samples:
+        for (cls, kind, name), path in found[part].items():
+            label = int(kind.lower() not in GOOD)
+            mask = masks.get((cls, kind, name)) if label else None
+            if label and masks and not mask:
+                raise UserError(f"no mask in {root}/.../ground_truth/{kind} for {path}; add it, "
+                                "remove all ground_truth, or call a folder good")
+            samples[part].append(Sample(path, cls, label, mask))
+    return samples["train"], samples["test"]
+
+
+def read_visa(root: Path) -> tuple[list, list]:
+    """Read the raw VisA archive by its own split file, with columns object, split, label, image and
+    mask. Raises UserError if that file is not VisA's."""
+    path = root / "split_csv/1cls.csv"
+    samples = {"train": [], "test": []}
+    try:
+        for row in csv.DictReader(path.read_text(encoding="utf-8").splitlines()):
+            label = int(row["label"].lower() != "normal")
+            mask = root / row["mask"] if label else None
+            samples[row["split"]].append(Sample(root / row["image"], row["object"], label, mask))
+        samples["train"][0]  # an empty list is not VisA's
+    except (AttributeError, LookupError, TypeError, ValueError) as e:
+        raise UserError(f"{path}: {e!r}; take VisA's own list, in UTF-8, with commas between its "
+                        "columns object, split, label, image and mask")
+    return samples["train"], samples["test"]
+
+
+def check_files(sample: Sample) -> bool:
+    """Whether the sample has a mask that marks something. Raises UserError if image or mask
     cannot be read, or if the mask does not lie on the image."""
     image = load_image(sample.path)
     if not sample.mask:
-        return 0.0
+        return False
     mask = load_mask(sample.mask)
     with Image.open(sample.path) as file:
         turned = file.getexif().get(ExifTags.Base.Orientation, 1) > 1
     if turned or mask.size != image.size:
         raise UserError(f"mask {sample.mask}: its image has another size, or an EXIF orientation "
                         "that turns it; save both upright and equally large")
-    return float(np.mean(mask))
-
-
-def read_mvtec(root: Path, training: bool) -> tuple[list, list]:
-    """Read an MVTec-style tree, <class>/{train/good,test/<kind>,ground_truth/<kind>}/*, or the
-    folder of a single class.
-
-    The mask of 000.png is `000_mask` or `000`, with any suffix, or all images in a folder `000`
-    (MVTec LOCO): names decide, never sort order. A set may have no masks at all, but if it has
-    some, each defective image needs one. Raises UserError where it is missing.
-    """
-    parts = paths_in(root, "train") + paths_in(root, "test")
-    parts = parts or paths_in(root, "*/train") + paths_in(root, "*/test")
-    folders = sorted({part.parent for part in parts})
-    has_masks = any(images_in(folder, "ground_truth/**") for folder in folders)
-    train, test = [], []
-    for folder in folders:
-        cls = folder.name.encode(errors="replace").decode()  # printable, whatever the system wrote
-        normal = [p for p in images_in(folder, "train/*/*") if p.parent.name.lower() in GOOD]
-        if training and not normal:
-            raise UserError(f"no training images in {folder / 'train/good'}; put normal ones "
-                            "there, and not into folders below")
-        train += [Sample(path, cls) for path in normal]
-
-        masks = images_in(folder, "ground_truth/*/*")
-        masks += {p.parent for p in images_in(folder, "ground_truth/*/*/*")}
-        mask_of = by_name(masks)
-        for name, path in by_name(images_in(folder, "test/*/*")).items():
-            label = int(path.parent.name.lower() not in GOOD)
-            if label and has_masks and name not in mask_of:
-                raise UserError(f"no mask in {folder / 'ground_truth' / name[0]} for {path.name}; "
-                                "add it, remove all ground_truth, or call a folder good")
-            mask = mask_of.get(name) if label else None
-            test.append(Sample(path, cls, label, mask))
-    return train, test
-
-
-def by_name(paths: list[Path]) -> dict:
-    """{("crack", "000"): path} of crack/000.png or crack/000_mask.png. Raises UserError if there
-    are both: then nobody knows which belong together."""
-    found = {}
-    for path in paths:
-        name = (path.parent.name, path.stem.removesuffix("_mask"))
-        if name in found:
-            raise UserError(f"{path} shares its name with {found[name]}; rename one, and keep "
-                            "masks in ground_truth, one an image")
-        found[name] = path
-    return found
-
-
-def read_visa(root: Path) -> tuple[list, list]:
-    """Read the raw VisA archive by its own split file, with columns object, split, label, image and
-    mask."""
-    samples = {"train": [], "test": []}
-    # A spreadsheet may have saved it, with a mark at its start and with semicolons.
-    lines = (root / "split_csv/1cls.csv").read_text(encoding="utf-8-sig").splitlines()
-    dialect = csv.Sniffer().sniff(lines[0], delimiters=",;\t")
-    for row in csv.DictReader(lines, dialect=dialect):
-        label = int(row["label"] != "normal")
-        mask = root / row["mask"] if label else None
-        samples[row["split"]].append(Sample(root / row["image"], row["object"], label, mask))
-    return samples["train"], samples["test"]
+    return mask.getbbox() is not None
 
 
 def open_image(path: Path) -> Image.Image:
-    """An image file, decoded and upright. Raises UserError if it cannot be read."""
+    """An image file, decoded and upright. Raises UserError if it cannot be read, or holds several
+    images: which one is meant?"""
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image)
+        with Image.open(path) as file:
+            frames = getattr(file, "n_frames", 1)
+            image = ImageOps.exif_transpose(file)
     except Exception as e:  # Pillow's readers raise many kinds for a broken file
         raise UserError(f"cannot read image {path}: {e}; repair, convert or remove it")
+    if frames > 1 and file.format != "MPO":  # a phone's MPO is one photograph
+        raise UserError(f"{path}: has {frames} pages or frames; save each as a file of its own")
+    return image
 
 
 def load_image(path: Path) -> Image.Image:
-    """Any image file as 8-bit RGB. In grey images of more than 8 bits 65535 is white, and 1 if they
-    are floats. Raises UserError if an image cannot be read, or seems to have another white."""
+    """Any image file of 8 or 16 bits a channel as 8-bit RGB. Raises UserError if it cannot be read,
+    has more bits, or is nearly black."""
     image = open_image(path)
-    if image.mode == "F" or image.mode.startswith("I"):  # convert() would clip them
-        values = np.asarray(image) / (1 if image.mode == "F" else 65535)
-        if values.min() < 0 or not 1 / 16 <= values.max() <= 1:  # 12 bits in 16 do not reach it
-            raise UserError(f"{path}: its values must lie from 0 to 65535, or to 1 if they are "
-                            "floats, and reach a sixteenth of that; convert it to 8 or 16 bits")
-        image = Image.fromarray((255 * values).round().astype(np.uint8))
-    return image.convert("RGB")
+    if image.mode in ("I", "F"):
+        raise UserError(f"{path}: has 32 bits a pixel; convert it to 8 or 16")
+    if image.mode.startswith("I;16"):  # convert() would clip it
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    image = image.convert("RGB")
+    brightest = np.max(image.getextrema())
+    if brightest < 16:  # 12 bits in 16 reach 15
+        raise UserError(f"{path}: is nearly black, its brightest value is {brightest} of 255; "
+                        "stretch its values, or remove it")
+    return image
 
 
 def load_mask(path: Path) -> Image.Image:
-    """A mask, or all masks of a folder in one, as a black and white image. Raises UserError if one
-    cannot be read.
+    """A mask as a black and white image. Raises UserError if it cannot be read.
 
-    Defective is what is not 0, since VisA's masks hold numbers from 1 to 9; but where there are
-    values above 127, as in MVTec AD's, these alone, since blur and JPEG leave small ones around.
-    A colour counts by its brightest channel, and what is transparent is black. [ours] D20
+    Defective is what is not 0, since VisA's masks hold numbers from 1 to 9, and others colours of a
+    palette. But where there are values above 127, as in MVTec AD's, these alone, since blur and
+    JPEG leave small ones around. A colour counts by its brightest channel, and what is transparent
+    is black. [ours] D10
     """
-    masks = []
-    for file in images_in(path, "*") or [path]:
-        rgba = np.asarray(open_image(file).convert("RGBA"))  # (height, width, 4)
-        values = rgba[..., :3].max(2) * (rgba[..., 3] / np.float32(255))
-        masks.append(values > (127 if values.max() > 127 else 0))
-    return Image.fromarray(np.logical_or.reduce(masks))
+    image = open_image(path)
+    rgba = np.asarray(image.convert("RGBA"))  # (height, width, 4)
+    values = rgba[..., :3].max(2) * (rgba[..., 3] / np.float32(255))
+    limit = 0
+    if values.max() > 127 and image.mode != "P":
+        limit = 127
+    return Image.fromarray(values > limit)
 
 
-def load_masks(samples: list[Sample], size: int) -> np.ndarray:
+def load_masks(samples: list, size: int) -> np.ndarray:
     """Ground truth as bool (N, size, size). Where there is no mask, nothing is marked.
 
     Binarised first and resized (nearest neighbour) after it: the other way round thin defects blur.
@@ -1156,30 +1169,31 @@ def load_masks(samples: list[Sample], size: int) -> np.ndarray:
     return masks
 
 
-def load_batch(preprocess: Callable, samples: list[Sample]) -> Tensor:
-    """Images -> uint8 (B, 3, S, S)."""
-    return torch.stack([preprocess(load_image(s.path)) for s in samples])
+@dataclass
+class Images(Dataset):
+    """The samples as preprocessed images, uint8 (3, S, S) each: workers send a quarter of what
+    float32 would take of the shared memory, of which a container has little."""
+
+    preprocess: Compose
+    samples: list
+
+    def __getitem__(self, i: int) -> Tensor:
+        return self.preprocess(load_image(self.samples[i].path))
 
 
-def image_batches(detector: nn.Module, samples: list[Sample],
+def image_batches(cfg: Config, detector: nn.Module, samples: list,
                   batches: list | None = None) -> Iterator:
     """Yield preprocessed images (B, 3, S, S) on the detector's device: these batches of indices, or
-    if there are none all samples in order, with a progress bar."""
-    cfg = detector.cfg
-    device = next(detector.parameters()).device
-    bar_off = True  # the training has a bar of its own
+    if there are none all samples in order."""
     if batches is None:
         batches = [rows.tolist() for rows in torch.arange(len(samples)).split(cfg.batch_size)]
-        bar_off = None  # tqdm: off where the output is no terminal
     workers = min(cfg.workers, os.cpu_count() or 1)
     if len(batches) == 1:  # to start a process would take longer
         workers = 0
-    # Workers send uint8, a quarter of float32, through shared memory, of which a container has
-    # little. If it is full this process would wait for ever: hence the timeout, in seconds.
-    loader = DataLoader(
-        samples, batch_sampler=batches, collate_fn=partial(load_batch, detector.preprocess),
-        num_workers=workers, timeout=300 if workers else 0)
-    for x in tqdm(loader, "images", leave=False, disable=bar_off):
+    images = Images(detector.preprocess, samples)
+    loader = DataLoader(images, batch_sampler=batches, num_workers=workers)
+    device = next(detector.parameters()).device
+    for x in tqdm(loader, "images", leave=False, disable=None):
         yield detector.standardise(x.to(device))
 # ==== end shared
 
@@ -1199,49 +1213,62 @@ def ranking_metrics(kind: str, scores: np.ndarray, positive: np.ndarray) -> dict
     """<kind>-AUROC, <kind>-AP and <kind>-F1max in 0..1 of scores with bool labels of the same
     shape; for pixels, kind "P", (N, H, W), also AUPRO. {} if all labels are equal.
 
-    Exact: every distinct score is a threshold. But between two scores of positives only the number
-    of false positives changes. So the K distinct scores of positives, few among pixels, give all
-    the points that are needed: one where the threshold lies just above such a score, and one where
-    it lies at it. Memory: 12 bytes a pixel if 2 % are anomalous, 20 if 7 %.
+    Exact: every distinct score is a threshold. But only at the scores of positives, few among
+    pixels, does the true-positive rate change. So each of these gives two points of the ROC curve,
+    one with the threshold just above it and one with the threshold at it, and all that lies between
+    is straight. Four images, positives scored 9 and 4, negatives 6 and 1:
 
-    AUPRO is the area under a ROC curve in which a defective pixel weighs 1 / (area of its region),
-    so that each 8-connected region counts once, however large; up to a false-positive rate of 0.3.
+        threshold     9   4
+        tp_above      0   1     positives above it
+        tp            1   2     ... or at it
+        fp_above      0   1     negatives above it
+        fp            0   1     ... or at it
+
+        ROC: (0, 0), (0, 1/2), (1/2, 1/2), (1/2, 1), (1, 1), an area of 3/4;
+        AP: 1/2 of the positives at a precision of 1/1, 1/2 at 2/3, together 5/6;
+        F1max: 4/5, at 4.
     """
-    positives = np.count_nonzero(positive)
-    negatives = positive.size - positives
-    if positives == 0 or negatives == 0:
+    positives = np.sort(scores[positive])
+    negatives = np.sort(scores[~positive])
+    if not len(positives) or not len(negatives):
         return {}
-
-    # How many scores, and how many true positives (tp), lie above each threshold, and how many at
-    # it or above: (K,) each, from the highest threshold on.
-    ranked = np.sort(scores, axis=None)
-    ranked_positive = np.sort(scores[positive])
-    thresholds = np.unique(ranked_positive)[::-1]
-    flagged_above = scores.size - np.searchsorted(ranked, thresholds, side="right")
-    flagged = scores.size - np.searchsorted(ranked, thresholds, side="left")
-    tp_above = positives - np.searchsorted(ranked_positive, thresholds, side="right")
-    tp = positives - np.searchsorted(ranked_positive, thresholds, side="left")
+    thresholds = np.unique(positives)[::-1]
+    tp_above = len(positives) - np.searchsorted(positives, thresholds, side="right")
+    tp = len(positives) - np.searchsorted(positives, thresholds, side="left")
+    fp_above = len(negatives) - np.searchsorted(negatives, thresholds, side="right")
+    fp = len(negatives) - np.searchsorted(negatives, thresholds, side="left")
 
     def curve(above: np.ndarray, at: np.ndarray) -> np.ndarray:
         """(K,), (K,) -> (2K + 2,): both points of each threshold, between the corners 0 and 1."""
         return np.concatenate([[0], np.stack([above, at], axis=1).ravel(), [1]])
 
-    fpr = curve((flagged_above - tp_above) / negatives, (flagged - tp) / negatives)
-    tpr = curve(tp_above / positives, tp / positives)
+    fpr = curve(fp_above / len(negatives), fp / len(negatives))
+    tpr = curve(tp_above / len(positives), tp / len(positives))
+    recall_gained = (tp - tp_above) / len(positives)
+    precision = tp / (tp + fp)
     metrics = {f"{kind}-AUROC": area_under(fpr, tpr),
-               f"{kind}-AP": float(np.sum((tp - tp_above) / positives * tp / flagged)),
-               f"{kind}-F1max": float(np.max(2 * tp / (flagged + positives)))}
+               f"{kind}-AP": float(np.sum(recall_gained * precision)),
+               f"{kind}-F1max": float(np.max(2 * tp / (tp + fp + len(positives))))}
     if kind == "P":
-        neighbours = np.zeros((3, 3, 3))
-        neighbours[1] = 1  # the 8 around a pixel, and none in another image
-        regions, count = ndimage.label(positive, neighbours)
-        region = regions[positive]  # the number of the region that each defective pixel is in
-        weight = 1 / np.bincount(region)[region]
-        highest_first = np.argsort(scores[positive])[::-1]
-        # overlap[k]: how much of a region, on average, the k highest defective pixels cover
-        overlap = np.append(0, weight[highest_first].cumsum()) / count
+        overlap = region_overlap(scores, positive)
         metrics["AUPRO"] = area_under(fpr, curve(overlap[tp_above], overlap[tp]), 0.3)
     return metrics
+
+
+def region_overlap(scores: np.ndarray, positive: np.ndarray) -> np.ndarray:
+    """For AUPRO: the share of a region that the k highest positives cover, averaged over the
+    8-connected regions, for k = 0, 1, ... all.
+
+    A mean over regions of (pixels found / area) is a sum over found pixels of 1 / (area of the
+    pixel's region), divided by the number of regions: so one sort serves all thresholds.
+    """
+    neighbours = np.zeros((3, 3, 3))
+    neighbours[1] = 1  # the 8 around a pixel, and none in another image
+    regions, number = ndimage.label(positive, neighbours)
+    region = regions[positive]  # the region that each positive is in
+    weight = 1 / np.bincount(region)[region]
+    highest_first = np.argsort(scores[positive])[::-1]
+    return np.append(0, weight[highest_first].cumsum()) / number
 
 
 def summarise(scores: np.ndarray, labels: np.ndarray, classes: np.ndarray, maps: np.ndarray,
@@ -1269,43 +1296,56 @@ def summarise(scores: np.ndarray, labels: np.ndarray, classes: np.ndarray, maps:
 # ==== end shared
 
 
-# ==== shared: report
-# What is printed and written of test images. The table comes first: no picture that fails may cost
-# the numbers.
+# ==== shared: report and predictions
+# The table comes first: no picture that fails may cost the numbers.
 
-def report(cfg: Config, samples: list[Sample], variants: dict, thresholds: dict, decides: str,
-           scales: dict) -> tuple[dict, dict]:
+RESULTS = ("scores.csv", "metrics.json", "heatmaps.png", "distributions.png")
+OVERLAY = ".overlay.png"
+MOST_CLASSES = 12  # that a picture shows
+
+
+def report(cfg: Config, samples: list, size: int, variants: Iterable, decides: str,
+           checkpoint: dict) -> tuple[dict, dict]:
     """Print and write how well the maps of some variants tell good from defective samples. Returns
     image scores (N,) and metrics, both by variant.
 
-    variants: by name a function that computes smoothed maps (N, S, S), called one after the other,
-    since maps are large; thresholds: by variant, of which `decides` is the one that flags images;
-    scales: the values that are brightest in heatmaps.png, of the variants that it shows. No number
-    here was chosen by a test label, except for the maxima of F1, which say what the best threshold
-    would have been.
+    variants: pairs of a name and maps (N, size, size), one after the other, since maps are large;
+    `decides` names the one whose threshold flags images. No threshold comes from test labels; only
+    F1max says what the best one would have been.
     """
     labels = np.array([s.label for s in samples])
     classes = np.array([s.cls for s in samples])
-    masks = load_masks(samples, variants[decides]().shape[-1])
+    masks = load_masks(samples, size)
+    # Pictures show the last good and the last defective image of each class: not picked by hand.
+    shown = list({(s.cls, s.label): i for i, s in enumerate(samples)}.values())[:2 * MOST_CLASSES]
     scores = {}
     results = {}
-    for variant, compute_maps in variants.items():
-        maps = compute_maps()
+    pictures = {}
+    for variant, maps in variants:
         scores[variant] = image_score(maps).numpy()
         results[variant] = summarise(scores[variant], labels, classes, maps.numpy(), masks)
-        del maps  # before the next are computed
+        pictures[variant] = maps[shown]
 
-    print_table(results)
-    flagged = scores[decides] > thresholds[decides]
+    if results[decides]["pooled"]:
+        print_table(results)
+    else:
+        print("no table: metrics compare good with defective images, and one kind is missing")
+    threshold = checkpoint["thresholds"][decides]
+    flagged = scores[decides] > threshold
     good = flagged[labels == 0]  # these should be False
     bad = flagged[labels == 1]  # and these True
-    print(f"threshold {thresholds[decides]:.4f}: flags {good.sum()} of {len(good)} good and "
+    print(f"threshold {threshold:.4f}: flags {good.sum()} of {len(good)} good and "
           f"{bad.sum()} of {len(bad)} defective test images; more in {cfg.out}")
-    write_scores(Path(cfg.out, "scores.csv"), samples, scores, flagged)
+    with open(Path(cfg.out, "scores.csv"), "w", newline="", encoding="utf-8",
+              errors="surrogateescape") as file:  # names that are no UTF-8, as the system has them
+        writer = csv.writer(file)
+        writer.writerow(["path", "class", "label", "anomalous", *scores])
+        for s, is_flagged, *values in zip(samples, flagged, *scores.values()):
+            writer.writerow([s.path, s.cls, s.label, is_flagged, *values])
     # Everything needed to quote a number: settings, thresholds, metrics in 0..1.
-    content = {"config": asdict(cfg), "thresholds": thresholds, "results": results}
+    content = {"config": asdict(cfg), "thresholds": checkpoint["thresholds"], "results": results}
     Path(cfg.out, "metrics.json").write_text(json.dumps(content, indent=2))
-    plot_heatmaps(Path(cfg.out, "heatmaps.png"), samples, masks, variants, scales)
+    plot_heatmaps(cfg, [samples[i] for i in shown], masks[shown], pictures, checkpoint)
     return scores, results
 
 
@@ -1313,8 +1353,8 @@ def print_table(results: dict) -> None:
     """A line for each class, the class mean and the pooled metrics, of each variant; in %."""
     parts = next(iter(results.values()))  # all variants have the same
     names = list(parts["pooled"])
-    width = max(len(part) for part in parts)
-    print(" " * (width + 9) + "".join(f"{name:>9}" for name in names))
+    width = max(map(len, parts))
+    print(" " * (width + 9), *[f"{name:>9}" for name in names], sep="")
     for part in parts:
         for variant in results:
             found = results[variant][part]
@@ -1322,145 +1362,142 @@ def print_table(results: dict) -> None:
             print(f"{part:<{width}}  {variant:<7}", *values, sep="")
 
 
-def write_scores(path: Path, samples: list[Sample], scores: dict, flagged: np.ndarray) -> None:
-    """One row an image. A file name that is no UTF-8 is written as the system has it."""
-    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "class", "label", *scores, "anomalous"])
-        for i, s in enumerate(samples):
-            values = [scores[variant][i] for variant in scores]
-            writer.writerow([s.path, s.cls, s.label, *values, flagged[i]])
+def heat(maps: Tensor, mean: float, threshold: float) -> np.ndarray:
+    """Maps -> 0..1 by one fixed scale: 0 at the mean of normal maps, 1 at twice the threshold. To
+    scale each image by itself would paint good images in the colours of defects."""
+    return ((maps - mean) / (2 * threshold - mean)).clamp(0, 1).numpy()
 
 
-def plot_heatmaps(path: Path, samples: list[Sample], masks: np.ndarray, variants: dict,
-                  scales: dict) -> None:
-    """A column an image: of each class the middle good and the middle defective one, which nobody
-    picked, at most 24 in all. Below it the ground truth, and its maps in the variants that have a
-    scale.
+def plot_heatmaps(cfg: Config, samples: list, masks: np.ndarray, pictures: dict,
+                  checkpoint: dict) -> None:
+    """A column an image. Below it the ground truth, and its maps, of the variants that have a
+    threshold."""
+    size = masks.shape[-1]
+    rows = {"image": [load_image(s.path).resize((size, size)) for s in samples],
+            "ground truth": masks}
+    for variant, threshold in checkpoint["thresholds"].items():
+        rows[f"{variant} map"] = heat(pictures[variant], checkpoint["means"][variant], threshold)
 
-    All maps in a row have the same fixed scale, black at 0: to scale each image by itself would
-    paint good images in the colours of defects.
-    """
-    groups = {}
-    for i, s in enumerate(samples):
-        groups.setdefault((s.cls, s.label), []).append(i)
-    columns = [groups[key][len(groups[key]) // 2] for key in sorted(groups)[:2 * MOST_CLASSES]]
-    images = {i: load_image(samples[i].path).resize((160, 160)) for i in columns}
-
-    rows = [("image", images, None)]  # name, pictures by index, scale
-    if masks.any():
-        rows.append(("ground truth", masks, 1))
-    for variant, scale in scales.items():
-        maps = variants[variant]()
-        pictures = {i: maps[i].clone() for i in columns}
-        rows.append((f"{variant} map\n0 to {scale:.3g}", pictures, scale))
-
-    size = (1.1 * len(columns) + 2, 1.1 * len(rows) + 0.5)  # inches
-    figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(len(rows), len(columns), squeeze=False)
-    for axes, (name, pictures, scale) in zip(grid, rows):
-        for ax, i in zip(axes, columns):
-            ax.set(xticks=[], yticks=[], frame_on=False)
-            ax.imshow(np.asarray(pictures[i]), "inferno", vmin=0, vmax=scale)
-        axes[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=12)
-    for ax, i in zip(grid[0], columns):
-        kind = "defective" if samples[i].label else "good"
-        ax.set_title(f"{samples[i].cls}\n{kind}", fontsize=12, parse_math=False)
-    figure.savefig(path, dpi=150, bbox_inches="tight", facecolor="white")
+    inches = (1.1 * len(samples) + 2, 1.1 * len(rows) + 0.5)
+    figure = Figure(figsize=inches, layout="constrained")
+    axes = figure.subplots(len(rows))
+    for ax, (name, images) in zip(axes, rows.items()):
+        ax.imshow(np.hstack(images), "inferno", vmin=0, vmax=1)
+        ax.set(xticks=[], yticks=[size / 2], yticklabels=[name], frame_on=False)
+    titles = [f"{s.cls[:14]}\n{('good', 'defective')[s.label]}" for s in samples]
+    axes[0].set_xticks(size * (np.arange(len(samples)) + 0.5), titles, parse_math=False)
+    axes[0].xaxis.tick_top()
+    figure.savefig(Path(cfg.out, "heatmaps.png"), dpi=150, bbox_inches="tight")
 
 
-OVERLAY = ".overlay.png"
-
-
-def write_predictions(cfg: Config, threshold: float, anomaly_maps: Callable) -> None:
-    """For each image that the command line names: a line of JSON, and the image with its heat map
-    on it. anomaly_maps: samples -> smoothed maps (N, S, S).
-
-    A map's value of 0 is clear and twice the threshold is the hottest, in every image. A file that
-    cannot be scored is reported, and the others are scored all the same. Raises UserError in the
-    end if there was one.
-    """
+def images_to_score(cfg: Config) -> tuple[list, list]:
+    """What predict is to score, and the images that it cannot read, each of which is reported. From
+    a folder, every file that Pillow can read is taken, except for pictures of our own. Raises
+    UserError if there is nothing to score."""
     files = []
-    for path in map(Path, cfg.paths):
-        files += images_in(path, "**") if path.is_dir() else [path]
-    files = [p for p in files if not p.name.endswith(OVERLAY)]
-    if not files:
-        raise UserError(f"no images that Pillow reads in {', '.join(cfg.paths)}; name some")
-    folder = Path(cfg.out, "predict")
-    folder.mkdir(parents=True, exist_ok=True)
-    failed = []
-    for i, path in enumerate(files):
+    for place in map(Path, cfg.paths):
+        files += files_in(place, "**/*") if place.is_dir() else [place]
+    files = [path for path in files if not path.name.endswith((OVERLAY, *RESULTS))]
+    others = [path for path in files if not is_image(path)]
+    if others:
+        print(len(others), "files that Pillow does not read as images:", others[0], "...",
+              file=sys.stderr)
+    samples = []
+    broken = []
+    for path in filter(is_image, files):
         try:
-            amap = anomaly_maps([Sample(path)])
+            load_image(path)
+            samples.append(Sample(path))
         except UserError as e:
             print(e, file=sys.stderr)
-            failed.append(path)
-            continue
-        score = image_score(amap).item()
+            broken.append(path)
+    if not samples:
+        raise UserError(f"no image can be scored in {', '.join(cfg.paths)}; name some")
+    return samples, broken
 
-        heat = (amap[0] / (2 * threshold)).clamp(0, 1).numpy()  # (S, S)
+
+def write_predictions(cfg: Config, samples: list, batches: Iterable, mean: float,
+                      threshold: float) -> None:
+    """For each sample a line of JSON, and the image with its map on it: clear where the map is as
+    low as normal ones are on average, and hottest from twice the threshold on. batches: maps
+    (B, S, S), computed as they are needed."""
+    folder = Path(cfg.out, "predict")
+    folder.mkdir(parents=True, exist_ok=True)
+    maps = (amap for batch in batches for amap in batch)
+    for number, (sample, amap) in enumerate(zip(samples, maps)):
+        score = image_score(amap[None]).item()
+        values = heat(amap, mean, threshold)
         # (S, S, 4): the colder, the more transparent
-        colours = colormaps["inferno"](heat, alpha=0.8 * heat, bytes=True)
-        image = load_image(path)
+        colours = colormaps["inferno"](values, alpha=0.8 * values, bytes=True)
+        image = load_image(sample.path)
         overlay = Image.fromarray(colours).resize(image.size)
         image.paste(overlay, mask=overlay)
         # A name may have 255 bytes at most. By its suffix the next run knows that it is ours.
-        target = folder / f"{i:04}-{path.stem[:50]}{OVERLAY}"
+        target = folder / f"{number:04}-{sample.path.stem[:50]}{OVERLAY}"
         image.save(target)
-        print(json.dumps({"path": str(path), "score": score, "threshold": threshold,
+        print(json.dumps({"path": str(sample.path), "score": score, "threshold": threshold,
                           "anomalous": score > threshold, "overlay": str(target)}))
-    if failed:
-        raise UserError(f"{len(failed)} of {len(files)} images not scored, {failed[0]} the first")
 # ==== end shared
 
 
 # ==== shared: command line and device
 # Settings, checkpoint, device: all that is decided before the first image is read.
 
-def read_command_line(argv: list[str] | None, published: Config, demo: dict,
-                      visa: dict) -> tuple[Config, dict | None]:
-    """The settings, and the checkpoint if one is to be read. Raises UserError if it cannot be.
+SCRIPT = Path(__file__).name
+HERE = Path(__file__).resolve().parent
+# torchrun says which of its processes this is, and of how many. Clusters set the same variables for
+# other purposes, so they count only under torchrun.
+UNDER_TORCHRUN = distributed.is_torchelastic_launched()
+RANK = int(os.environ["RANK"]) if UNDER_TORCHRUN else 0
+WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if UNDER_TORCHRUN else 1
 
-    tyro makes a flag of each field of Config, and its help of the comment beside it. The command
-    line is read twice: first to learn where the defaults come from, then with these defaults, so
-    that a flag goes before everything. They come from the checkpoint, else from the data set
-    (`demo`, `visa`), else they are the `published` ones.
+# Settings that may differ from those that a checkpoint was trained with. All others shape the
+# detector or its threshold.
+FREE = ("command", "paths", "data", "out", "device", "weights", "batch_size", "iters", "epochs",
+        "lr", "cache", "workers", "checkpoint", "resume")
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. main() prints its one line and ends with exit code 2."""
+
+
+def read_command_line(argv: list | None) -> tuple[Config, dict | None]:
+    """The settings, and the checkpoint if one is to be read. Raises UserError if it cannot be, or
+    for settings that are impossible.
+
+    tyro makes a flag of each field of Config, and its help of the comment beside it. A flag goes
+    before everything. Settings without a flag come from
+
+        train, on data/demo       DEMO, and for the rest the defaults of Config
+        train, on other data      the defaults of Config
+        eval, predict, --resume   the checkpoint
+
+    so the command line is read twice: first to learn which of these it is.
     """
-    config = type(published)
-    cfg = tyro.cli(config, args=argv, default=published)
-    if (cfg.command == "predict") != bool(cfg.paths):
-        raise UserError(f"{cfg.command}: name images after predict, and only there")
-
-    # A new training: the data set decides.
-    if cfg.command == "train" and not cfg.resume and not cfg.checkpoint:
+    cfg = tyro.cli(Config, args=argv)
+    checkpoint = None
+    if cfg.command == "train" and not cfg.resume:
         root = HERE / "data/demo"
         for name in ("visa", "mvtec"):
             if (HERE / "data" / name).is_dir():
                 root = HERE / "data" / name
-        if cfg.data:
-            root = Path(cfg.data).resolve()
-        preset = {}
-        if root == HERE / "data/demo":
-            preset = demo
-        elif (root / "split_csv/1cls.csv").is_file():
-            preset = visa
-        defaults = replace(published, data=str(root), **preset)
-        checkpoint = None
-
-    # All else starts from a checkpoint, and writes into its folder, except for a training that
-    # only starts from it.
+        defaults = Config(data=str(root))
+        if Path(cfg.data or root).resolve() == (HERE / "data/demo").resolve():
+            defaults = replace(defaults, **DEMO)
     else:
         path = Path(cfg.checkpoint or Path(cfg.out, "checkpoint.pt"))
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            defaults = config(**checkpoint["config"])
-        except Exception as e:  # no such file, no checkpoint, a malicious or another script's, ...
-            raise UserError(f"--checkpoint {path}: {str(e)[:100]}; name one that this script (and "
-                            "--base) wrote, or train first")
-        new = cfg.command == "train" and not cfg.resume
-        defaults = replace(defaults, out=published.out if new else str(path.parent))
+        checkpoint = read_checkpoint(path, SCRIPT)
+        defaults = Config(**checkpoint["config"] | {"out": str(path.parent)})
 
-    cfg = tyro.cli(config, args=argv, default=defaults)
+    cfg = tyro.cli(Config, args=argv, default=defaults)
+    check_settings(cfg)
+    if checkpoint:
+        for name, value in asdict(defaults).items():
+            if name not in FREE and getattr(cfg, name) != value:
+                raise UserError(f"--{name.replace('_', '-')}: the checkpoint was trained with "
+                                f"{value}; drop the flag, or train anew")
+        if cfg.command != "train" and not checkpoint["thresholds"]:
+            raise UserError("the checkpoint's training has not finished: --resume it")
     # The checkpoint must find both again from any folder.
     cfg.data = os.path.abspath(cfg.data)
     if os.path.isfile(cfg.weights):
@@ -1468,18 +1505,20 @@ def read_command_line(argv: list[str] | None, published: Config, demo: dict,
     return cfg, checkpoint
 
 
-def prepare_out(cfg: Config) -> None:
-    """Make --out. A training first removes what an earlier one left there, which could be taken for
-    its own if it stops half-way or has no test images; but not the checkpoint that it starts from.
-    """
-    Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    stale = []
-    if cfg.command == "train":
-        stale = ["scores.csv", "metrics.json", "heatmaps.png", "distributions.png"]
-        if not cfg.resume and not cfg.checkpoint:
-            stale.append("checkpoint.pt")
-    for name in stale:
-        Path(cfg.out, name).unlink(missing_ok=True)
+def check_settings(cfg: Config) -> None:
+    """Raises UserError for settings that would otherwise fail late, or not at all."""
+    if (cfg.command == "predict") != bool(cfg.paths):
+        raise UserError(f"{cfg.command}: name images after predict, and only there")
+    if cfg.command == "train" and cfg.checkpoint and not cfg.resume:
+        raise UserError("--checkpoint: is for eval, predict and --resume")
+    if UNDER_TORCHRUN and cfg.command != "train":
+        raise UserError(f"torchrun: is for training; call {cfg.command} without it")
+    if cfg.batch_size % WORLD_SIZE:
+        raise UserError(f"--batch-size: give a multiple of {WORLD_SIZE}, the number of processes")
+    for name, (least, most) in RANGES.items():
+        if not least <= getattr(cfg, name) <= most:
+            raise UserError(f"--{name.replace('_', '-')}: give a number from {least} to {most}")
+    cfg.check()
 
 
 def choose_device(name: str) -> torch.device:
@@ -1487,79 +1526,48 @@ def choose_device(name: str) -> torch.device:
     if this machine does not have it."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        if name == "cuda":  # torchrun counts the processes of one machine
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        torch.empty(0, device=name)
-    except (AssertionError, RuntimeError):  # each back end has its own
-        raise UserError(f"--device {name}: not on this machine; use --device auto")
     if name == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("--device cuda: PyTorch finds no GPU; take --device auto")
+        torch.cuda.set_device(RANK % torch.cuda.device_count())
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
         torch.backends.cudnn.deterministic = True  # convolutions repeat; not all else does
     return torch.device(name)
-# ==== end shared
 
 
-# ---- the script ----------------------------------------------------------------------------------
-# `run` tells the whole story, and `main` says what can go wrong with it.
+def autocast(x: Tensor, dtype: torch.dtype) -> torch.autocast:
+    """A context in which matrix products and convolutions run in half precision, if x is on a GPU
+    that can. [ours] D11
 
-def run(argv: list[str] | None) -> None:
-    """Load, train, evaluate."""
-    cfg, checkpoint = read_command_line(argv, Config(), DEMO, VISA)
-    if cfg.command != "train" and "cnc" not in checkpoint.get("thresholds", {}):
-        raise UserError("no threshold of cnc.py in the checkpoint: --resume its training")
-    training = cfg.command == "train"
-    normal, test = [], []
-    if cfg.command != "predict":
-        normal, test = read_dataset(Path(cfg.data), training)
-    detector = build(cfg, checkpoint)
-    if RANK == 0:
-        prepare_out(cfg)
-
-    if training:
-        kept, held = hold_out(cfg, normal)
-        checkpoint = train_detector(detector, kept, checkpoint)
-    if RANK > 0:  # of torchrun's processes only the first evaluates and writes
-        return
-    if training:
-        def score(features: list[Tensor]) -> list[Tensor]:
-            return [image_score(smooth(detector.describe(features)[1]))]
-
-        scores = run_on_images(detector, held, score)[0]
-        checkpoint["thresholds"] = {"cnc": conformal_threshold(scores)}
-        save_checkpoint(detector, checkpoint)
-
-    thresholds = checkpoint["thresholds"]
-    if cfg.command == "predict":
-        write_predictions(cfg, thresholds["cnc"],
-                          lambda samples: explain_all(detector, samples)["cnc"]())
-    elif test:
-        scales = {"cnc": 2 * thresholds["cnc"], "text": 1}
-        report(cfg, test, explain_all(detector, test), thresholds, "cnc", scales)
-    else:
-        print(f"no test images, so nothing to evaluate; threshold {thresholds['cnc']:.4f}")
+    Elsewhere it does nothing: not every CPU has a fast half precision, and a V100 only emulates
+    bfloat16.
+    """
+    able = dtype == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast("cuda", dtype, enabled=x.is_cuda and able)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line. Returns 0 on success, 2 after a mistake of the user's, told in one
-    line, and 130 after Ctrl-C."""
+def main(argv: list | None = None) -> int:
+    """Run the command line. Returns the exit code: 0, 2 after a mistake of the user's, told in one
+    line, or 130 after Ctrl-C."""
+    code = 2
     try:
         run(argv)
         return 0
-    except (UserError, OSError) as e:
-        # Of a mistake that a loader's worker found, the end of its traceback.
-        message = str(e).rsplit("UserError: ", 1)[-1]
-        print("cnc.py: error:", " ".join(message.split()), file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError:
-        print("cnc.py: error: the GPU's memory is full; lower --batch-size", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
-        print("cnc.py: error: interrupted; --resume goes on from the last checkpoint, if any",
-              file=sys.stderr)
-        return 130
+        code = 130
+        error = "interrupted; --resume goes on from the last checkpoint in --out, if any"
+    except torch.OutOfMemoryError:
+        error = "the GPU's memory is full; lower --batch-size"
+    except (UserError, OSError) as e:  # a missing or unwritable file's own message names it
+        error = " ".join(str(e).split())
+    print(f"{SCRIPT}: error: {error}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # for names that the console cannot print
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="replace")  # for names that the console cannot print
+    if hasattr(signal, "SIGPIPE"):  # a quiet end in `... | head`
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main())
+# ==== end shared
