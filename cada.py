@@ -34,7 +34,8 @@ From paper to code:
     RevDist, the base detector [paper]           Teacher, Student, RevDist
     cosine loss per flattened layer [author]     RevDist.forward
     anomaly map A [author]                       RevDist.describe
-    prediction of (u, gamma) [paper]             CADA.fit, CADA.predict; form: [ours] D5, D6
+    prediction of (u, gamma) [paper]             fit_regression; its form: [ours] D5
+    snapping of the prediction [ours] D6         find_levels, CADA.fit, CADA.predict
     alignment A' [author]                        normalise
     Fig. 4(a), labels known: the "oracle"        calibrate, aligned_maps; [ours] D7
     absolute-unified evaluation [paper]          the rows "pooled" of the table
@@ -78,9 +79,10 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from PIL import ExifTags, Image, ImageOps
 from scipy import ndimage
-from sklearn.cluster import KMeans
+from scipy.cluster.hierarchy import fcluster, ward
+from sklearn.decomposition import PCA
 from sklearn.linear_model import RidgeCV
-from sklearn.model_selection import KFold, cross_val_predict, train_test_split
+from sklearn.model_selection import train_test_split
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.models.resnet import BasicBlock, ResNet
@@ -117,7 +119,7 @@ class Config:
     paths: Positional[tuple[str, ...]] = ()  # for predict: images, or folders of images
     data: str = ""  # data set folder; if not given: data/mvtec, else data/visa, else data/demo
     out: str = "runs/cada"  # folder for everything that is written; with --cnc runs/cada-on-cnc
-    seed: int = 0  # it decides the weights, the batches, the images held out and CADA's levels
+    seed: int = 0  # it decides the weights, the batches, the images held out and CADA's draws
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one, else the CPU
     # share of the training images that is kept back for the threshold; 0: none [ours] D9
     holdout: float = 0.1
@@ -360,8 +362,18 @@ class RevDist(nn.Module):
 
 
 # ---- CADA ----------------------------------------------------------------------------------------
-# Three steps: take u and gamma of each normal map; learn to predict them from the features of the
-# image; rescale maps by what is predicted. Nothing below knows of RevDist.
+# Take u and gamma of each normal map; learn to predict them from the features of the image; rescale
+# maps by what is predicted. Nothing below knows of RevDist.
+
+# Chosen by trial, on a few small sets. [ours] D5
+COMPONENTS = 256  # principal components of the features that the regression reads
+PENALTIES = np.logspace(-4, 2, 13)  # on the square of its weights; it chooses one of these
+MOST_IMAGES = 4000  # that CADA learns from; memory grows with the square of this number
+# [ours] D6
+ROUNDS = 5  # regressions, each on the levels that the one before has found
+WITHIN = 0.25  # variance that may be left within a level; the regression's errors have 2
+LEAST_ERROR = 0.01  # a smaller error counts as this one: to alignment 1 % is as good as exact
+
 
 def map_statistics(maps: Tensor) -> Tensor:
     """(N, H, W) -> (N, 2): u, the mean, and gamma, the maximum, of each map. gamma lies above u
@@ -373,10 +385,10 @@ def map_statistics(maps: Tensor) -> Tensor:
 
 
 def log_statistics(statistics: Tensor) -> Tensor:
-    """(N, 2), u and gamma -> (N, 2), log u and log(gamma - u): alignment must get a factor right.
+    """(N, 2), u and gamma -> (N, 2), log u and log(gamma - u).
 
-    A value below a thousandth of the median counts as that. Maps must be distances, then: of maps
-    that can be negative the mean would have no logarithm.
+    Classes differ by factors, and a logarithm turns factors into differences. So maps must be above
+    0, as distances are. A value below a thousandth of the median counts as that.
     """
     u, gamma = statistics.unbind(1)
     values = torch.stack([u, gamma - u], dim=1)
@@ -388,114 +400,129 @@ def direction(features: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Pooled features (N, C) -> unit vectors (N, C): standardised, or the largest channels would
     decide alone; clamped, so that no single channel can; and without length, so that the size of a
     defect counts for less. [ours] D4"""
-    return F.normalize(((features - mean) / std).clamp(-3, 3))
+    return F.normalize(((features.float() - mean) / std).clamp(-3, 3))
+
+
+def fit_regression(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The paper's regression, y = x weight + bias, from features (N, P) to logarithms (N, 2).
+
+    That a regression predicts u and gamma is [paper]; that it is linear, with a penalty for each
+    column of y, is [ours] D5. Returns weight (P, 2), bias (2,) and `unseen` (N, 2): what a fit on
+    all other images predicts for each image (leave-one-out), by which the penalties are chosen.
+    """
+    ridge = RidgeCV(PENALTIES, alpha_per_target=True, scoring="neg_mean_squared_error",
+                    store_cv_results=True)
+    ridge.fit(x, y)
+    chosen = np.searchsorted(PENALTIES, ridge.alpha_)  # (2,)
+    unseen = ridge.cv_results_[:, [0, 1], chosen]  # of (N, 2, penalties)
+    return ridge.coef_.T, ridge.intercept_, unseen
+
+
+def find_levels(unseen: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Put images together that the regression hardly tells apart. [ours] D6
+
+    unseen: its predictions (N, 2); y: the images' own log_statistics (N, 2). Returns the level of
+    each image (N,), numbers from 0 on, and the regression's error (2,), a standard deviation.
+
+    The error is measured against y in every round, although later rounds learn other targets. These
+    are ever easier to predict: measured against them, the error would shrink, and the levels would
+    be cut ever finer. Near duplicates, such as frames of a video, do the same: leave them out.
+    """
+    error = np.maximum((y - unseen).std(0), LEAST_ERROR)
+
+    # Ward's method starts with a level for each image. Again and again it merges the two levels
+    # whose union adds least to the squares within levels. Column 2 is sqrt(2 * what was added).
+    tree = ward(unseen / error)
+    within = np.cumsum(tree[:, 2] ** 2 / 2) / len(y)  # the variance after each merger
+    mergers = np.count_nonzero(within <= WITHIN)
+    level = fcluster(tree, len(y) - mergers, "maxclust") - 1
+    return level, error
+
+
+def medians(values: Tensor, level: np.ndarray) -> Tensor:
+    """(N, 2) and the level of each image (N,) -> (k, 2): the median of each level, because the few
+    images that belong elsewhere do not move a median."""
+    rows = [values[level == i].median(0).values for i in range(level.max() + 1)]
+    return torch.stack(rows)
 
 
 @dataclass
 class CADA:
-    """Predict (u, gamma), the mean and the maximum that anomaly maps of *normal* images of an
-    image's class have, from its frozen features; then normalise its map by them. [paper]
+    """Predict (u, gamma), the mean and the typical maximum of anomaly maps of *normal* images of an
+    image's class, from its frozen features; then normalise its map by them. [paper]
 
-    The paper calls the predictor a regression. Ours is linear, on logarithms. Alone it is not
-    enough: it errs by a few per cent from image to image, which is as much as a defect adds to a
-    score, and a defect that moves the features moves the prediction with it.
+    The paper calls the predictor a regression. But a defect that moves the features moves what a
+    regression predicts. So we let the prediction snap [ours] D6: on normal images the predictions
+    crowd around levels, and an image gets the median statistics of the level that its prediction is
+    nearest to. To do harm, a defect must move the prediction nearer to another level. And all
+    images of a level keep their order.
 
-    So we let the prediction snap [ours] D5. On normal images the predictions crowd around a few
-    levels, about one or two for each class. An image gets the typical statistics of the level that
-    its own prediction is nearest to. Then a few per cent no longer matter: to do harm, a defect
-    must move the prediction nearer to another level. And all images of a level share one
-    affine map, so that their order stays as it is.
+    The regression learns in rounds. In the first its targets are the images' own statistics; then
+    they are the medians of the levels, which pulls the images of a level together.
 
-    One question remains: how is the regression to predict a class, when each image that it learns
-    from has statistics of its own? It learns in rounds. In the first its targets are the statistics
-    of the images, as they are. Then they are those of the levels that were found, so that images
-    which fell into one level are pulled together, and fewer classes are cut into pieces.
-
-    CADA knows nothing of the detector: any that has pooled features and maps will do.
+    CADA knows nothing of the detector. It needs pooled features, and maps above 0.
     """
 
     mean: Tensor  # (C,) of the training images' pooled features
     std: Tensor  # (C,) their standard deviation; infinite for a channel that says nothing
-    weight: Tensor  # (C, 2) of the regression of log u and log(gamma - u)
+    first_weight: Tensor  # (C, 2) of the first round: the regression alone
+    first_bias: Tensor  # (2,)
+    weight: Tensor  # (C, 2) of the last round
     bias: Tensor  # (2,)
-    noise: Tensor  # (2,) standard deviation of the regression's errors on images it has not seen
-    centres: Tensor  # (k, 2) of the levels: predictions divided by the noise
-    statistics: Tensor  # (k, 2): u and gamma of each level
+    error: Tensor  # (2,) standard deviation of the last round's errors on unseen images
+    centres: Tensor  # (k, 2) of the levels: median predictions of log u and log(gamma - u)
+    statistics: Tensor  # (k, 2): median u and median gamma of each level
 
     @classmethod
-    def fit(cls, features: Tensor, statistics: Tensor, seed: int = 0, rounds: int = 5) -> CADA:
-        """Learn from 10 or more normal images: pooled features (N, C) and map_statistics (N, 2) of
-        raw maps with values above 0, float tensors on the CPU. No label is used. All numbers in it
-        are [ours] D5.
-        """
-        rows = np.random.default_rng(seed).permutation(len(features))
-        rows = torch.from_numpy(rows[:2000])  # these take 45 seconds of one core; more, far longer
-        features = features[rows]
-        statistics = statistics[rows]
+    def fit(cls, features: Tensor, statistics: Tensor, seed: int = 0) -> CADA:
+        """Learn from 10 or more normal images, of which the seed draws MOST_IMAGES at most: pooled
+        features (N, C) and map_statistics (N, 2) of raw maps, on the CPU. No label is used."""
+        rows = np.random.default_rng(seed).permutation(len(features))[:MOST_IMAGES]
+        features = features[rows].float()
+        statistics = statistics[rows].double()
         mean = features.mean(0)
         std = features.std(0, correction=0)
         # Of a channel that hardly varies in training, a rounding error would be a huge deviation.
         std[std <= std.median() / 1000] = torch.inf
+        x = direction(features, mean, std).double().numpy()
+        pca = PCA(min(COMPONENTS, len(x) // 2, x.shape[1]), random_state=seed).fit(x)
+        components = pca.components_.T  # (C, P)
+        x = x @ components  # (N, P)
 
-        x = direction(features, mean, std).double().numpy()  # (N, C)
-        y = log_statistics(statistics).double().numpy()  # (N, 2)
-        targets = y
-        for _ in range(rounds):
-            # 1. The regression: targets = x W + b, with a ridge penalty for each of the two that
-            # leave-one-out cross-validation chooses.
-            ridge = RidgeCV(np.logspace(-4, 2, 13), alpha_per_target=True).fit(x, targets)
+        y = log_statistics(statistics).numpy()
+        first_weight, first_bias, unseen = fit_regression(x, y)
+        for _ in range(ROUNDS - 1):
+            level, _ = find_levels(unseen, y)
+            targets = log_statistics(medians(statistics, level)).numpy()  # (k, 2)
+            weight, bias, unseen = fit_regression(x, targets[level])
+        level, error = find_levels(unseen, y)
 
-            # 2. How far it errs: each fifth of the images is predicted by a fit on the other four.
-            folds = KFold(5, shuffle=True, random_state=seed)
-            unseen = cross_val_predict(ridge, x, targets, cv=folds)  # (N, 2)
-            noise = (y - unseen).std(0)
-            noise = np.maximum(noise, 0.01)  # to alignment 1 % is as good as exact
-
-            # 3. The levels: k-means of these predictions, in units of the noise. k is the smallest
-            # for which predictions hardly differ within a level: by a mean square of a quarter,
-            # where the errors of the regression have 2, one for each number.
-            for k in range(1, min(30, len(x) // 4) + 1):
-                levels = KMeans(k, n_init=3, random_state=seed).fit(unseen / noise)
-                if levels.inertia_ / len(x) <= 0.25:
-                    break
-
-            # 4. A level's u and gamma: the median of its images, because the few that belong
-            # elsewhere do not move a median. In the next round they are the targets.
-            medians = []
-            for level in range(k):
-                images = statistics[levels.labels_ == level]
-                medians.append(images.median(0).values)  # (2,)
-            medians = torch.stack(medians)  # (k, 2)
-            targets = log_statistics(medians).double().numpy()[levels.labels_]
-
-        return cls(mean, std, statistics=medians,
-                   weight=torch.tensor(ridge.coef_.T, dtype=torch.float32),
-                   bias=torch.tensor(ridge.intercept_, dtype=torch.float32),
-                   noise=torch.tensor(noise, dtype=torch.float32),
-                   centres=torch.tensor(levels.cluster_centers_, dtype=torch.float32))
+        # A new image is unseen, too. So its prediction by the fit on all images may be compared
+        # with levels of predictions each of which is by a fit on all images but one.
+        learned = (components @ first_weight, first_bias, components @ weight, bias, error,
+                   medians(torch.from_numpy(unseen), level), medians(statistics, level))
+        return cls(mean, std, *[torch.as_tensor(value).float() for value in learned])
 
     def regress(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """By the regression alone, for comparison: (N, C) -> u (N,) and gamma (N,)."""
-        u, contrast = self.predict_logs(features).exp().unbind(1)
+        """By the regression alone, the first round: (N, C) -> u (N,) and gamma (N,)."""
+        logs = direction(features, self.mean, self.std) @ self.first_weight + self.first_bias
+        u, contrast = logs.exp().unbind(1)
         return u, u + contrast
 
     def predict(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """(N, C) -> u (N,) and gamma (N,), gamma > u: those of the level whose centre is nearest to
-        what the regression predicts."""
-        difference = self.predict_logs(features)[:, None] / self.noise - self.centres  # (N, k, 2)
-        nearest = difference.square().sum(2).argmin(1)
+        what the regression predicts, in units of its error."""
+        logs = direction(features, self.mean, self.std) @ self.weight + self.bias
+        nearest = torch.cdist(logs / self.error, self.centres / self.error).argmin(1)
         u, gamma = self.statistics[nearest].unbind(1)
         return u, gamma
-
-    def predict_logs(self, features: Tensor) -> Tensor:
-        """The regression: (N, C) -> log u and log(gamma - u), (N, 2)."""
-        return direction(features, self.mean, self.std) @ self.weight + self.bias
 
 
 def normalise(maps: Tensor, u: Tensor, gamma: Tensor) -> Tensor:
     """A' = (A - u) / (gamma - u), image by image: (N, H, W), (N,), (N,) -> (N, H, W). [author]
 
-    0 is the mean of normal maps of the class and 1 their maximum, whatever the class is.
+    0 is the mean of normal maps of the class and 1 their typical maximum, whatever the class is:
+    about half of normal maps exceed 1.
     """
     u = u[:, None, None]
     gamma = gamma[:, None, None]
@@ -643,8 +670,6 @@ def calibrate(cfg: Config, detector: nn.Module, normal: list[Sample], held: list
     raw = torch.cat(scores)  # (N,)
 
     cada = CADA.fit(features, statistics, cfg.seed)
-    # For comparison, a plain regression of each image's own statistics: what the paper names.
-    regression = CADA.fit(features, statistics, cfg.seed, rounds=1)
     # The oracle, Fig. 4(a) of the paper, knows the label: class means over these images. CADA
     # never reads it. [ours] D7
     classes = np.array([s.cls for s in normal])
@@ -656,7 +681,7 @@ def calibrate(cfg: Config, detector: nn.Module, normal: list[Sample], held: list
     means = statistics[held, 0]
     aligned_means = (means - u) / (gamma - u)
     return {
-        "cada": asdict(cada), "regress": asdict(regression), "oracle": oracle,
+        "cada": asdict(cada), "oracle": oracle,
         "thresholds": {"raw": conformal_threshold(raw[held]), "cada": conformal_threshold(aligned)},
         "means": {"raw": means.mean().item(), "cada": aligned_means.mean().item()}}
 
@@ -665,7 +690,7 @@ def aligned_maps(raw: Tensor, features: Tensor, samples: list[Sample],
                  checkpoint: dict) -> Iterator[tuple[str, Tensor]]:
     """Yield the smoothed raw maps (N, S, S) of samples in four variants: "raw", as they are;
     "oracle", aligned by the statistics of the true class, if the checkpoint knows all these
-    classes; "regress", aligned by a regression alone; "cada", aligned by CADA.
+    classes; "regress", aligned by the regression alone; "cada", aligned by CADA.
 
     What to look for: "pooled" should rise from raw to cada, and "class mean" should not fall. Where
     it falls, the prediction has taken defects for classes, and does harm. The oracle knows the
@@ -676,9 +701,8 @@ def aligned_maps(raw: Tensor, features: Tensor, samples: list[Sample],
     if all(s.cls in oracle for s in samples):
         u, gamma = torch.stack([oracle[s.cls] for s in samples]).unbind(1)
         yield "oracle", normalise(raw, u, gamma)
-    regression = CADA(**checkpoint["regress"])
-    yield "regress", normalise(raw, *regression.regress(features))
     cada = CADA(**checkpoint["cada"])
+    yield "regress", normalise(raw, *cada.regress(features))
     yield "cada", normalise(raw, *cada.predict(features))
 
 
@@ -904,7 +928,7 @@ def save_checkpoint(cfg: Config, detector: nn.Module, samples: list, checkpoint:
         images             what it was trained on: names of the samples
         step, optimizer    to go on from
         thresholds, means  by variant, see calibrate; {} before the training is finished
-        and of cada.py     cada, regress, oracle; cnc, the settings of CNC if that is the detector
+        and of cada.py     cada, oracle; cnc, the settings of CNC if that is the detector
 
     Raises UserError for weights that are not finite, and if the file cannot be written.
     """
@@ -1007,10 +1031,10 @@ def read_dataset(root: Path, training: bool = True) -> tuple[list, list]:
     visa = (root / "split_csv/1cls.csv").is_file()
     train, test = read_visa(root) if visa else read_mvtec(root)
     classes = {s.cls for s in train}
-    samples = train + test
-    if not training:
-        samples = test
-    elif len(train) < 10:  # CADA needs some, and a mistake in the path is more likely
+    samples = train + test if training else test
+    if not samples:
+        raise UserError(f"--data {root}: no images in <class>/train/good and <class>/test/<kind>")
+    if training and len(train) < 10:  # CADA needs some, and a mistake in the path is more likely
         raise UserError(f"--data {root}: {len(train)} training images; put 10 or more normal ones "
                         "into <class>/train/good")
     for s in samples:
@@ -1022,13 +1046,14 @@ def read_dataset(root: Path, training: bool = True) -> tuple[list, list]:
         marked = list(tqdm(checks, "checking images", len(samples), leave=False, disable=None))
 
     # Most of what can go wrong with a data set shows in this line.
-    used = {s.path for s in train + test} | {s.mask for s in test}
+    masks = {s.mask for s in test if s.mask}
+    used = {s.path for s in train + test} | masks
     unused = [path for path in files_in(root, "**/*") if path not in used]
     print(f"{root}: {len(classes)} classes, {len(train)} training and {len(test)} test images, "
           f"{sum(s.label for s in test)} of them defective, {sum(marked)} with a mask; "
           f"{len(unused)} files not used", *unused[:1], file=sys.stderr)
     # Else the metrics of pixels would be missing, and nobody would notice.
-    if not any(marked) and any("ground_truth" in path.parts for path in unused + [*used]):
+    if not any(marked) and any("ground_truth" in path.parts for path in [*masks, *unused]):
         raise UserError(f"--data {root}: no mask in ground_truth marks anything on a test image; "
                         "arrange masks as in data/README.md, or remove all ground_truth")
     return train, test
@@ -1290,6 +1315,7 @@ def summarise(scores: np.ndarray, labels: np.ndarray, classes: np.ndarray, maps:
 
 RESULTS = ("scores.csv", "metrics.json", "heatmaps.png", "distributions.png")
 OVERLAY = ".overlay.png"
+OURS = (OVERLAY, "checkpoint.pt", *RESULTS)  # what predict does not score
 MOST_CLASSES = 12  # that a picture shows
 
 
@@ -1372,7 +1398,9 @@ def plot_heatmaps(cfg: Config, samples: list, masks: np.ndarray, pictures: dict,
     axes = figure.subplots(len(rows))
     for ax, (name, images) in zip(axes, rows.items()):
         ax.imshow(np.hstack(images), "inferno", vmin=0, vmax=1)
+        ax.vlines(size * np.arange(1, len(samples)), 0, size, "white", linewidth=3)
         ax.set(xticks=[], yticks=[size / 2], yticklabels=[name], frame_on=False)
+        ax.tick_params(length=0)
     titles = [f"{s.cls[:14]}\n{('good', 'defective')[s.label]}" for s in samples]
     axes[0].set_xticks(size * (np.arange(len(samples)) + 0.5), titles, parse_math=False)
     axes[0].xaxis.tick_top()
@@ -1386,7 +1414,7 @@ def images_to_score(cfg: Config) -> tuple[list, list]:
     files = []
     for place in map(Path, cfg.paths):
         files += files_in(place, "**/*") if place.is_dir() else [place]
-    files = [path for path in files if not path.name.endswith((OVERLAY, *RESULTS))]
+    files = [path for path in files if not path.name.endswith(OURS)]
     others = [path for path in files if not is_image(path)]
     if others:
         print(len(others), "files that Pillow does not read as images:", others[0], "...",
@@ -1548,8 +1576,8 @@ def main(argv: list | None = None) -> int:
     except torch.OutOfMemoryError:
         error = "the GPU's memory is full; lower --batch-size"
     except (UserError, OSError) as e:  # a missing or unwritable file's own message names it
-        error = " ".join(str(e).split())
-    print(f"{SCRIPT}: error: {error}", file=sys.stderr)
+        error = str(e).rsplit("UserError: ", 1)[-1]  # of a loader's worker the end of its traceback
+    print(f"{SCRIPT}: error:", *error.split(), file=sys.stderr)  # in one line
     return code
 
 

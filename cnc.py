@@ -16,9 +16,10 @@ sends each patch through 2 of 5 experts, so that patches of different kinds dist
 How text helps. CLIP has a joint space, in which images and texts can be compared. There t_n is the
 vector of the normal prompt and t_a that of the abnormal one. The margin of a patch says how much
 nearer it is to t_n than to t_a, and psi in 0..1 says how normal that is. The *constraint* moves
-decoded patches towards t_n. The *promotion* adds a = psi (t_n - t_a) to a patch e and to its
-decoded version d: the larger psi, the more cos(e + a, d + a) exceeds cos(e, d). So what the decoder
-gets wrong about patches that look normal counts for less. Text without meaning does this at random.
+decoded patches towards t_n, if their margin is unusually low. The *promotion* adds
+a = psi (t_n - t_a) to a patch e and to its decoded version d: the larger psi, the more
+cos(e + a, d + a) exceeds cos(e, d). So what the decoder gets wrong about patches that look normal
+counts for less. Text without meaning does this at random.
 
 A "tap" is a block of CLIP whose output is read and must be reproduced.
 
@@ -33,7 +34,7 @@ A "tap" is a block of CLIP whose output is read and must be reproduced.
       |      decode -> d1, d2, d3 (B, 1+N, C)               |
       |                                                     |
     P(e), P(d): CLIP's joint space (B, N, D) <--- constraint: decoded patches at least as normal
-      |                                      |    to the text as the average normal patch
+      |                                      |    to the text as most normal patches
       |                                      <--- promotion: v* = v + psi(e) (t_n - t_a), v = e, d
     M = mean over taps of 1 - cos(e*, d*) -> (B, S, S) -> blur -> image score (B,)
 
@@ -41,7 +42,7 @@ From paper to code:
 
     frozen CLIP [paper], tapped at thirds [port]   Teacher
     class-agnostic learnable prompts [paper]       PromptLearner; their words: [ours] D13
-    gated mixture-of-experts [paper]               GatedMoE
+    gated mixture-of-experts [paper]               GatedMoE; its residual: [ours] D14
     fusion of the taps, decoder [port]             Student
     feature-level normality promotion [paper]      promote, CNC.psi; its form: [ours] D15
     cross-modal normality constraint [paper]       CNC.constraint; its form: [ours] D17
@@ -307,26 +308,24 @@ class GatedMoE(nn.Module):
         self.experts = nn.ModuleList(expert(dim) for _ in range(num_experts))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        # For the mixture a token is a token, of whatever image: (B, N, dim) -> (T, dim), T = B * N
-        tokens = x.flatten(0, 1)
         with torch.autocast(x.device.type, enabled=False):  # bf16 would change some choices
-            scores = self.gate(tokens.float())  # (T, experts)
-        top, chosen = scores.topk(self.top_k, dim=-1)  # (T, top_k) each
-        weights = top.softmax(-1)  # they add up to 1 over the chosen ones
+            scores = self.gate(x.float())  # (B, N, experts)
+        top, chosen = scores.topk(self.top_k, dim=-1)  # (B, N, top_k) each
+        # A weight for each expert: they add up to 1 over the chosen ones, and the others have 0.
+        weights = torch.zeros_like(scores).scatter(-1, chosen, top.softmax(-1))
 
-        y = torch.zeros_like(tokens, dtype=torch.float32)
+        # Every expert computes every token, and most of it is multiplied by 0. To pick the tokens
+        # of each expert would save 3 of 5 products, but give tensors of another size in every step.
+        y = 0.0
         for k, expert_k in enumerate(self.experts):
-            # (m,) and (m,): the m tokens that chose this expert, and as which of their choices
-            token, choice = (chosen == k).nonzero(as_tuple=True)
-            answer = expert_k(tokens[token]).float()  # (m, dim): it sees no other tokens
-            y = y.index_add(0, token, weights[token, choice, None] * answer)
+            y = y + weights[..., k, None] * expert_k(x)
 
         # (std / mean)^2 of the experts' summed probabilities: 0 when all are equally probable.
-        # Without it the gate may settle on two experts that get all tokens and gradients. The port
-        # has it too, but commented out. [port]
-        load = scores.softmax(-1).sum(0)
+        # Without it the gate may settle on two experts that get all tokens and gradients. [port],
+        # where it stands commented out.
+        load = scores.softmax(-1).sum((0, 1))
         balance = load.var(correction=0) / load.mean() ** 2
-        return y.view(x.shape), balance
+        return y, balance
 
 
 class Student(nn.Module):
@@ -350,12 +349,13 @@ class Student(nn.Module):
                 activation="gelu", batch_first=True, norm_first=True))
 
     def forward(self, features: list[Tensor]) -> tuple[list, Tensor]:
-        x = self.fuse(torch.cat(features, dim=-1))  # (B, 1 + N, C)
+        x = self.fuse(torch.cat(features, dim=-1)).float()  # (B, 1 + N, C)
         if isinstance(self.moe, GatedMoE):
-            x, balance = self.moe(x)
+            mixed, balance = self.moe(x)
         else:
-            x = self.moe(x).float()  # float32 like the mixture's: --no-moe changes nothing else
+            mixed = self.moe(x)
             balance = x.new_zeros(())
+        x = x + mixed  # [ours] D14
         decoded = []
         for block in self.blocks:
             x = block(x)
@@ -425,6 +425,9 @@ class CNC(nn.Module):
     """
 
     BALANCE_WEIGHT = 0.01  # [ours] D19
+    # Decoded patches are guided only where the text finds them more abnormal than most normal ones:
+    # by more than one standard deviation. Chosen by trial, as a random text then does no harm.
+    SLACK = 1.0  # [ours] D17
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
@@ -476,23 +479,24 @@ class CNC(nn.Module):
             d = promote(d, psi, text)
         return 1 - F.cosine_similarity(e, d, dim=-1)
 
-    def constraint(self, v: Tensor, text: Tensor) -> Tensor:
+    def constraint(self, v: Tensor, text: Tensor, slack: float) -> Tensor:
         """The cross-modal normality constraint on patches v (taps, B, N, D), a scalar: the cross
-        entropy of softmax(<v, [t_n, t_a]> / tau) against "normal", times tau, where each cosine is
-        taken less its mean over normal patches. [paper] that there is a constraint, and the value
-        of tau; its form is [ours] D17.
+        entropy of softmax(<v, [t_n, t_a]> / tau) against "normal", times tau. [paper] that there is
+        a constraint, and the value of tau; its form is [ours] D17.
 
-        A softmax of two logits sees only their difference, centred = margin - its mean. So
+        A softmax of two logits sees only their difference, the margin. We first take off what the
+        margin of a normal patch has at least: its mean less `slack` standard deviations. With
+        excess = margin - (mean - slack std),
 
-            tau * cross entropy = tau * log(1 + exp(-centred / tau)),
+            tau * cross entropy = tau * log(1 + exp(-excess / tau)),
 
-        at tau = 0.001 nearly a hinge: 0 where the margin is above the average, and below it a line
-        of slope 1, like that of a cosine in the distillation. Not centred, the sign of the average
+        at tau = 0.001 nearly a hinge: 0 where the excess is positive, and below it a line of slope
+        1, like that of a cosine in the distillation. Without the mean, the sign of the average
         margin would decide whether all patches have a gradient or none.
         """
-        centred = margin(v, text) - self.margins.mean  # (taps, B, N)
-        logits = torch.stack([centred, torch.zeros_like(centred)], dim=-1) / self.cfg.tau
-        normal = torch.zeros(centred.numel(), dtype=torch.long, device=v.device)  # the first text
+        excess = margin(v, text) - self.margins.mean + slack * self.margins.std  # (taps, B, N)
+        logits = torch.stack([excess, torch.zeros_like(excess)], dim=-1) / self.cfg.tau
+        normal = torch.zeros(excess.numel(), dtype=torch.long, device=v.device)  # the first text
         return self.cfg.tau * F.cross_entropy(logits.flatten(0, 2), normal)
 
     def forward(self, features: list[Tensor], warm_up: bool = False) -> Tensor:
@@ -515,7 +519,7 @@ class CNC(nn.Module):
         if warm_up:
             loss = loss + self.prompt_loss(e, text)
         elif self.cfg.constraint:
-            loss = loss + self.constraint(d, fixed_text)
+            loss = loss + self.constraint(d, fixed_text, self.SLACK)
         return loss
 
     def prompt_loss(self, e: Tensor, text: Tensor) -> Tensor:
@@ -523,7 +527,7 @@ class CNC(nn.Module):
         back by |text - start|^2, their distance to the words that they started as, which keeps
         "damaged" damaged. [ours] D13"""
         drift = (text - self.prompts.start).square().sum((1, 2)).mean()
-        return self.constraint(e, text) + drift
+        return self.constraint(e, text, slack=0.0) + drift
 
     def describe(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Teacher features -> (pooled (B, 2 * taps * C), raw anomaly map (B, S, S) in 0..2).
@@ -915,7 +919,7 @@ def save_checkpoint(cfg: Config, detector: nn.Module, samples: list, checkpoint:
         images             what it was trained on: names of the samples
         step, optimizer    to go on from
         thresholds, means  by variant, see calibrate; {} before the training is finished
-        and of cada.py     cada, regress, oracle; cnc, the settings of CNC if that is the detector
+        and of cada.py     cada, oracle; cnc, the settings of CNC if that is the detector
 
     Raises UserError for weights that are not finite, and if the file cannot be written.
     """
@@ -1018,10 +1022,10 @@ def read_dataset(root: Path, training: bool = True) -> tuple[list, list]:
     visa = (root / "split_csv/1cls.csv").is_file()
     train, test = read_visa(root) if visa else read_mvtec(root)
     classes = {s.cls for s in train}
-    samples = train + test
-    if not training:
-        samples = test
-    elif len(train) < 10:  # CADA needs some, and a mistake in the path is more likely
+    samples = train + test if training else test
+    if not samples:
+        raise UserError(f"--data {root}: no images in <class>/train/good and <class>/test/<kind>")
+    if training and len(train) < 10:  # CADA needs some, and a mistake in the path is more likely
         raise UserError(f"--data {root}: {len(train)} training images; put 10 or more normal ones "
                         "into <class>/train/good")
     for s in samples:
@@ -1033,13 +1037,14 @@ def read_dataset(root: Path, training: bool = True) -> tuple[list, list]:
         marked = list(tqdm(checks, "checking images", len(samples), leave=False, disable=None))
 
     # Most of what can go wrong with a data set shows in this line.
-    used = {s.path for s in train + test} | {s.mask for s in test}
+    masks = {s.mask for s in test if s.mask}
+    used = {s.path for s in train + test} | masks
     unused = [path for path in files_in(root, "**/*") if path not in used]
     print(f"{root}: {len(classes)} classes, {len(train)} training and {len(test)} test images, "
           f"{sum(s.label for s in test)} of them defective, {sum(marked)} with a mask; "
           f"{len(unused)} files not used", *unused[:1], file=sys.stderr)
     # Else the metrics of pixels would be missing, and nobody would notice.
-    if not any(marked) and any("ground_truth" in path.parts for path in unused + [*used]):
+    if not any(marked) and any("ground_truth" in path.parts for path in [*masks, *unused]):
         raise UserError(f"--data {root}: no mask in ground_truth marks anything on a test image; "
                         "arrange masks as in data/README.md, or remove all ground_truth")
     return train, test
@@ -1301,6 +1306,7 @@ def summarise(scores: np.ndarray, labels: np.ndarray, classes: np.ndarray, maps:
 
 RESULTS = ("scores.csv", "metrics.json", "heatmaps.png", "distributions.png")
 OVERLAY = ".overlay.png"
+OURS = (OVERLAY, "checkpoint.pt", *RESULTS)  # what predict does not score
 MOST_CLASSES = 12  # that a picture shows
 
 
@@ -1383,7 +1389,9 @@ def plot_heatmaps(cfg: Config, samples: list, masks: np.ndarray, pictures: dict,
     axes = figure.subplots(len(rows))
     for ax, (name, images) in zip(axes, rows.items()):
         ax.imshow(np.hstack(images), "inferno", vmin=0, vmax=1)
+        ax.vlines(size * np.arange(1, len(samples)), 0, size, "white", linewidth=3)
         ax.set(xticks=[], yticks=[size / 2], yticklabels=[name], frame_on=False)
+        ax.tick_params(length=0)
     titles = [f"{s.cls[:14]}\n{('good', 'defective')[s.label]}" for s in samples]
     axes[0].set_xticks(size * (np.arange(len(samples)) + 0.5), titles, parse_math=False)
     axes[0].xaxis.tick_top()
@@ -1397,7 +1405,7 @@ def images_to_score(cfg: Config) -> tuple[list, list]:
     files = []
     for place in map(Path, cfg.paths):
         files += files_in(place, "**/*") if place.is_dir() else [place]
-    files = [path for path in files if not path.name.endswith((OVERLAY, *RESULTS))]
+    files = [path for path in files if not path.name.endswith(OURS)]
     others = [path for path in files if not is_image(path)]
     if others:
         print(len(others), "files that Pillow does not read as images:", others[0], "...",
@@ -1559,8 +1567,8 @@ def main(argv: list | None = None) -> int:
     except torch.OutOfMemoryError:
         error = "the GPU's memory is full; lower --batch-size"
     except (UserError, OSError) as e:  # a missing or unwritable file's own message names it
-        error = " ".join(str(e).split())
-    print(f"{SCRIPT}: error: {error}", file=sys.stderr)
+        error = str(e).rsplit("UserError: ", 1)[-1]  # of a loader's worker the end of its traceback
+    print(f"{SCRIPT}: error:", *error.split(), file=sys.stderr)  # in one line
     return code
 
 

@@ -36,7 +36,6 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw
 from scipy import ndimage
-from sklearn.cluster import KMeans
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 from torch.testing import assert_close
 
@@ -49,7 +48,7 @@ BOTH = pytest.mark.parametrize("script", [cada, cnc], ids=["cada", "cnc"])
 FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes")
 torch.set_num_threads(1)  # the tensors are so small that a second thread costs more than it gains
 
-# What makes a run small: two steps of RevDist; six of CNC, of which three are warm-up.
+# What makes a run small: two steps of RevDist; eight of CNC, of which four are warm-up.
 SMALL = "--image-size 64 --weights none --batch-size 4 --holdout 0.2 --workers 0 --device cpu "
 FLAGS = {
     cada: (SMALL + "--teacher resnet18 --iters 2").split(),
@@ -65,11 +64,16 @@ def run(script, *words) -> int:
         return stop.code
 
 
-def small_detector(script, **settings):
-    """A detector with its random weights, in eval mode."""
+def small_config(script, **settings):
+    """Settings of a small detector with random weights."""
     teacher = "resnet18" if script is cada else "tiny"
     small = {"teacher": teacher, "weights": "none", "image_size": 64, "device": "cpu", "workers": 0}
-    return script.build(script.Config(**small | settings), None).eval()
+    return script.Config(**small | settings)
+
+
+def small_detector(script, **settings):
+    """A detector with its random weights, in eval mode."""
+    return script.build(small_config(script, **settings), None).eval()
 
 
 def random_images(count: int) -> torch.Tensor:
@@ -79,25 +83,17 @@ def random_images(count: int) -> torch.Tensor:
 
 # ==== the ideas: CNC ==============================================================================
 @pytest.mark.parametrize("top_k", [1, 2, 5])
-def test_mixture_is_the_dense_sum(top_k):
-    """Only the chosen experts are computed. The result is that of all experts, weighted by a
-    softmax in which those that were not chosen have a score of minus infinity."""
+def test_mixture_is_the_sum_over_chosen_experts(top_k):
+    """Token by token: the highest scores choose, and their softmax weighs the experts' answers."""
     torch.manual_seed(0)
     moe = cnc.GatedMoE(8, 5, top_k)
     x = torch.randn(2, 30, 8)
-    computed = []
-    for expert in moe.experts:
-        expert.register_forward_hook(lambda module, args, output: computed.append(len(output)))
     y, _ = moe(x)
-    assert sum(computed) == 60 * top_k
-
-    scores = moe.gate(x)
-    lowest_chosen = scores.topk(top_k).values[..., -1:]
-    weights = scores.masked_fill(scores < lowest_chosen, -math.inf).softmax(-1)
-    dense = torch.zeros_like(x)
-    for k, expert in enumerate(moe.experts):
-        dense += weights[..., k, None] * expert(x)
-    assert_close(y, dense, rtol=0, atol=1e-6)
+    for token, answer in zip(x.flatten(0, 1), y.flatten(0, 1)):
+        scores, chosen = moe.gate(token).topk(top_k)
+        weights = scores.softmax(0)
+        expected = sum(w * moe.experts[k](token) for w, k in zip(weights, chosen))
+        assert_close(answer, expected, rtol=0, atol=1e-6)
 
 
 def test_gradient_reaches_gate_and_chosen_experts():
@@ -126,46 +122,46 @@ def test_balance_loss_evens_the_experts():
             assert moe.gate.bias.grad[0] > 0 > moe.gate.bias.grad[2]
 
 
+@pytest.mark.parametrize("slack", [0.0, 2.0])
 @pytest.mark.parametrize("tau", [0.001, 0.07, 1.0])
-def test_constraint_is_a_cross_entropy(tau):
-    """The constraint is the softmax cross entropy of centred cosines, in which the normal text is
-    right. With two texts this is a softplus of the margin; at tau = 0.001 it is nearly a hinge."""
+def test_constraint_is_a_cross_entropy(tau, slack):
+    """The constraint is the softmax cross entropy of cosines, in which the normal text is right,
+    once the usual margin is taken off; at tau = 0.001 it is nearly a hinge of the margin."""
     detector = small_detector(cnc, tau=tau)
     v = F.normalize(torch.randn(3, 2, 16, 192), dim=-1)  # (taps, B, N, D)
     text = F.normalize(torch.randn(3, 2, 192), dim=-1)  # (taps, 2, D): t_n and t_a
     detector.margins.update(cnc.margin(v, text))
-    found = detector.constraint(v, text).item()
+    found = detector.constraint(v, text, slack).item()
 
     cosines = torch.einsum("lbnd,lkd->lbnk", v.double(), text.double())
-    centred = cosines - cosines.mean((1, 2), keepdim=True)
-    logits = centred.flatten(0, 2) / tau
+    margin = cosines[..., 0] - cosines[..., 1]
+    std, mean = torch.std_mean(margin, dim=(1, 2), correction=0, keepdim=True)
+    cosines[..., 0] -= mean - slack * std
+    logits = cosines.flatten(0, 2) / tau
     normal = torch.zeros(len(logits), dtype=torch.long)
     assert found == pytest.approx(tau * F.cross_entropy(logits, normal).item(), abs=1e-6)
-
-    margin = centred[..., 0] - centred[..., 1]
-    assert found == pytest.approx(tau * F.softplus(-margin / tau).mean().item(), abs=1e-6)
     if tau == 0.001:
-        assert found == pytest.approx(F.relu(-margin).mean().item(), rel=0.01)
+        hinge = F.relu(mean - slack * std - margin).mean()
+        assert found == pytest.approx(hinge.item(), rel=0.05)
 
 
 def test_promotion_draws_normal_patches_together():
     """psi, in 0..1, grows with the margin and is a half for the average patch. The more normal a
     patch, the nearer the decoded one is moved to it."""
-    detector = small_detector(cnc, taps=(6,))
+    detector = small_detector(cnc)
     t_n, t_a, content, mistake = torch.eye(192)[:4]
-    text = torch.stack([t_n, t_a])[None]  # (1, 2, D)
+    text = torch.stack([t_n, t_a]).expand(3, 2, 192)  # the same for each tap
     share = torch.linspace(0, 1, 5)[:, None]  # of five patches, more and more normal
-    e = F.normalize(content + share * t_n + (1 - share) * t_a, dim=-1)[None, None]  # (1, 1, 5, D)
+    e = F.normalize(content + share * t_n + (1 - share) * t_a, dim=-1).expand(3, 1, 5, 192)
     d = F.normalize(e + 0.3 * mistake, dim=-1)
     detector.margins.update(cnc.margin(e, text))
 
-    psi = detector.psi(e, text)[0, 0]
+    psi = detector.psi(e, text)
     assert (psi.diff() > 0).all()
-    assert 0 < psi[0] and psi[4] < 1
-    assert psi[2].item() == pytest.approx(0.5)
+    assert 0 < psi.min() and psi.max() < 1
+    assert_close(psi[..., 2], torch.full((3, 1), 0.5))
     gain = 1 - F.cosine_similarity(e, d, dim=-1) - detector.distance(e, d, text)
-    assert (gain.diff(dim=-1) > 0).all()
-    assert torch.equal(cnc.promote(e, torch.zeros(1, 1, 5), text), e)
+    assert (gain.diff() > 0).all()
 
 
 # ==== the ideas: metrics ==========================================================================
@@ -199,11 +195,9 @@ def test_metrics_by_definition(case):
         masks[1, [0, 1, 2], [0, 1, 2]] = True
         masks[1, 8:, 9:] = True
         masks[2:4] = rng.random((2, 12, 12)) < 0.1
-    maps = rng.normal(size=masks.shape) + 1.5 * masks
+    maps = rng.normal(size=masks.shape) + (9 if case == "perfect" else 1.5) * masks
     if case == "ties":
         maps = maps.round()
-    if case == "perfect":
-        maps = masks + 0.1 * rng.random(masks.shape)
 
     labels = masks.ravel()
     scores = maps.ravel()
@@ -216,7 +210,6 @@ def test_metrics_by_definition(case):
     for name, value in expected.items():
         assert of_images["I-" + name] == pytest.approx(value, abs=1e-6)
         assert of_pixels["P-" + name] == pytest.approx(value, abs=1e-6)
-        assert case != "perfect" or value == pytest.approx(1)
     assert of_pixels["AUPRO"] == pytest.approx(aupro_by_definition(maps, masks), abs=1e-4)
 
 
@@ -260,18 +253,18 @@ def test_cada_undoes_the_distortion_of_classes():
     known = (raw - LEVEL[classes]) / SPREAD[classes]
     assert auroc(aligned, labels) > auroc(known, labels) - 0.03
     assert auroc(aligned, labels) > auroc(raw, labels) + 0.15
-    losses = []
-    for rows in torch.arange(200).split(40):  # class by class
-        losses.append(auroc(raw[rows], labels[rows]) - auroc(aligned[rows], labels[rows]))
-    assert np.mean(losses) < 0.03
+
+    def mean_of_classes(scores):
+        return np.mean([auroc(*part) for part in zip(scores.split(40), labels.split(40))])
+
+    assert mean_of_classes(aligned) > mean_of_classes(raw) - 0.03
 
 
 @pytest.mark.parametrize("features, maps", [
     (torch.randn(10, 64), torch.rand(10, 8, 8)),
     (torch.ones(20, 64), torch.rand(20, 8, 8)),
     (torch.randn(10, 64), torch.zeros(10, 8, 8)),
-    (torch.randn(20, 64), torch.full((20, 8, 8), 100.0)),
-], ids=["few images", "equal images", "zero maps", "flat maps"])
+], ids=["few images", "equal images", "zero maps"])
 def test_gamma_is_above_u_for_any_images(features, maps):
     """Alignment divides by gamma - u, so neither few nor degenerate images may make it 0."""
     head = fit(features, maps)
@@ -282,43 +275,19 @@ def test_gamma_is_above_u_for_any_images(features, maps):
         assert (gamma > u).all()
 
 
-def test_regression_looks_where_maps_differ():
-    """Two classes whose features are alike, but for one quiet channel, and whose maps are not. A
-    loud pose, the same in both, hides this channel from whoever groups images by features alone."""
-    def images_of(seed):
-        rng = torch.Generator().manual_seed(seed)
-        label = torch.arange(400) % 2
-        pose = torch.randint(0, 6, (400,), generator=rng)
-        features = 0.2 * torch.randn(400, 64, generator=rng)
-        features[torch.arange(400), pose] += 3
-        features[:, 10] += 0.8 * label
-        maps = torch.rand(400, 16, 16, generator=rng) * (1 + 2 * label[:, None, None])
-        return features, maps, label
-
-    features, maps, label = images_of(0)
-    groups = KMeans(2, n_init=3, random_state=0).fit_predict(features)
-    agree = (groups == label.numpy()).mean()
-    assert 0.4 < agree < 0.6  # chance
-
-    head = fit(features, maps)
-    features, _, label = images_of(1)
-    u, _ = head.predict(features)
-    right = (u / (0.5 + label)).log().abs() < 0.1
-    assert right.float().mean() > 0.8
-
-
 def test_a_constant_channel_has_no_say():
     """A channel that never varied in training may be anything later."""
     features, maps, *_ = five_classes(1, raised=0)
     features[:, 5] = 0.3
     head = fit(features, maps)
-    changed = features.clone()
-    changed[:, 5] += 0.01
-    assert torch.equal(head.predict(features)[0], head.predict(changed)[0])
+    before = head.predict(features)[0]
+    features[:, 5] += 0.01
+    assert torch.equal(head.predict(features)[0], before)
 
 
 def test_cada_aligns_each_image_by_itself():
-    """The other images of a batch do not matter, and a fit depends on its seed alone."""
+    """The other images of a batch do not matter, and a fit depends on its seed alone; float64
+    serves as well."""
     features, maps, *_ = five_classes(1, raised=0)
     head = fit(features, maps)
     u, gamma = head.predict(features)
@@ -327,6 +296,9 @@ def test_cada_aligns_each_image_by_itself():
     np.random.seed(99)
     again = fit(features, maps)
     assert_close(again.predict(features), (u, gamma), rtol=0, atol=0)
+    precise = fit(features.double(), maps.double())
+    same = (precise.predict(features.double())[0] / u - 1).abs() < 1e-3
+    assert same.float().mean() > 0.9  # rounding may move an image to another level
 
 
 def test_snapping_forgives_small_errors():
@@ -334,14 +306,15 @@ def test_snapping_forgives_small_errors():
     Snapped, most images keep u, and a level gives all its images the same two numbers."""
     features, maps, *_ = five_classes(1, raised=0)
     head = fit(features, maps)
-    features, *_ = five_classes(2, raised=0)
     off = features + 0.3 * torch.randn(200, 64, generator=torch.Generator().manual_seed(0))
-    alone = head.regress(off)[0] / head.regress(features)[0]
-    snapped = head.predict(off)[0] / head.predict(features)[0]
-    assert ((alone - 1).abs() > 0.02).float().mean() > 0.5
-    assert ((snapped - 1).abs() < 0.02).float().mean() > 0.8
+    changes = {}
+    for method in (head.regress, head.predict):
+        ratio = method(off)[0] / method(features)[0]
+        changes[method] = ((ratio - 1).abs() > 0.02).float().mean()
+    assert changes[head.regress] > 0.5
+    assert changes[head.predict] < 0.2
     pairs = torch.stack(head.predict(off), dim=1)
-    assert len(pairs.unique(dim=0)) <= len(head.centres)
+    assert len(pairs.unique(dim=0)) < 50  # of 200 images
 
 
 # ==== RevDist =====================================================================================
@@ -350,21 +323,10 @@ def test_parameters_of_wide_resnet50_2():
     with torch.device("meta"):
         student = cada.Student("wide_resnet50_2")
         teacher = cada.Teacher("wide_resnet50_2", "none", 0)
-    expected = [
-        (48.26, [student.bottleneck]),
-        (17.84, [student.decode3]),
-        (5.32, [student.decode2]),
-        (1.76, [student.decode1]),
-        (10.62, [student.fuse1, student.fuse2]),
-        (83.80, [student]),
-        (0.63, [teacher.layer1]),
-        (3.48, [teacher.layer2]),
-        (20.74, [teacher.layer3]),
-        (24.86, [teacher]),
-    ]
-    for millions, modules in expected:
-        count = sum(p.numel() for module in modules for p in module.parameters())
-        assert round(count / 1e6, 2) == millions
+    expected = {48.26: student.bottleneck, 17.84: student.decode3, 5.32: student.decode2,
+                1.76: student.decode1, 83.80: student, 24.86: teacher}
+    for millions, module in expected.items():
+        assert round(sum(p.numel() for p in module.parameters()) / 1e6, 2) == millions
 
 
 @pytest.mark.parametrize("name, c1", [("wide_resnet50_2", 256), ("resnext50_32x4d", 256),
@@ -376,10 +338,7 @@ def test_shapes_of_revdist(name, c1):
         encoded = cada.Teacher(name, "none", 0)(torch.empty(2, 3, 256, 256))
     decoded = student([e.float() for e in encoded])
     shapes = [(2, c1, 64, 64), (2, 2 * c1, 32, 32), (2, 4 * c1, 16, 16)]
-    assert [e.shape for e in encoded] == shapes
-    assert [d.shape for d in decoded] == shapes
-    code = student.bottleneck(torch.empty(2, 12 * c1, 16, 16, device="meta"))
-    assert code.shape == (2, 8 * c1, 8, 8)
+    assert [e.shape for e in encoded] == [d.shape for d in decoded] == shapes
 
 
 def test_loss_and_map_of_revdist_are_cosine_distances():
@@ -400,22 +359,22 @@ def test_loss_and_map_of_revdist_are_cosine_distances():
     assert detector.describe(features)[1].abs().max() < 1e-4
 
 
-def test_blur_and_image_score():
+def test_blur_score_and_scale_of_pictures():
     """The blur has a sigma of 4 at 256 pixels and commutes with the alignment; the score is the
-    mean of the highest 1 %."""
+    mean of the highest 1 %; a picture is clear at the mean and hottest at twice the threshold."""
     point = torch.zeros(1, 256, 256)
     point[0, 128, 128] = 1
     offset = torch.arange(256.0) - 128
     variance = cada.smooth(point)[0].sum(0) @ offset.square()
     assert variance == pytest.approx(16, rel=0.01)
-
     maps = torch.rand(3, 64, 64)
-    u = torch.tensor([0.1, 0.5, 0.9])
-    gamma = torch.tensor([0.3, 0.9, 1.0])
-    one = cada.smooth(cada.normalise(maps, u, gamma))
-    other = cada.normalise(cada.smooth(maps), u, gamma)
-    assert_close(one, other, rtol=0, atol=1e-4)
+    ends = maps[:, 0, :2].sort().values.unbind(1)  # any u and gamma
+    one = cada.smooth(cada.normalise(maps, *ends))
+    other = cada.normalise(cada.smooth(maps), *ends)
+    assert_close(one, other, rtol=1e-3, atol=1e-3)
     assert cada.image_score(torch.arange(200.0).reshape(1, 10, 20)).tolist() == [198.5]
+    shades = cada.heat(torch.tensor([0.0, 0.2, 0.4, 0.6, 9.0]), 0.2, 0.3)
+    assert shades.tolist() == pytest.approx([0, 0, 0.5, 1, 1])
 
 
 # ==== CNC =========================================================================================
@@ -437,40 +396,36 @@ def on_meta(monkeypatch):
     monkeypatch.setattr(open_clip, "create_model", create_on_meta)
 
 
-@pytest.mark.parametrize("name, size, patch, taps, width, joint, activation", [
-    ("ViT-B-32", 224, 32, [4, 8, 12], 768, 512, "GELU"),
-    ("ViT-L-14-336-quickgelu", 336, 14, [8, 16, 24], 1024, 768, "QuickGELU")])
-def test_shapes_of_cnc(name, size, patch, taps, width, joint, activation, on_meta):
-    """Without the mixture, whose routing needs numbers."""
+def test_shapes_of_cnc(on_meta):
+    """The student answers in the teacher's shapes. (Without the mixture, whose routing may need
+    numbers.)"""
     with torch.device("meta"):
-        detector = cnc.CNC(cnc.Config(teacher=name, weights="none", moe=False))
-        features = detector.teacher(torch.empty(2, 3, size, size))
+        detector = cnc.CNC(cnc.Config(weights="none", moe=False))  # ViT-L-14-336
+        features = detector.teacher(torch.empty(2, 3, 336, 336))
         encoded, decoded, _ = detector.decode(features)
         joined = detector.teacher.joint(encoded[0])
-    assert detector.teacher.taps == taps
-    tokens = 1 + (size // patch) ** 2
+    assert detector.teacher.taps == [8, 16, 24]
     for t in features + encoded + decoded:
-        assert t.shape == (2, tokens, width)
-    assert features[0].dtype == torch.float16
-    assert joined.shape == (2, tokens, joint)
-    assert detector.text().shape == (3, 2, joint)
-    clip = detector.teacher.clip
-    for block in (*clip.visual.transformer.resblocks, *clip.transformer.resblocks):
-        assert type(block.mlp.gelu).__name__ == activation
+        assert t.shape == (2, 1 + 24 ** 2, 1024)
+    assert joined.shape == (2, 1 + 24 ** 2, 768)
+    assert detector.text().shape == (3, 2, 768)
+    kinds = {type(m).__name__ for m in detector.teacher.clip.modules()}
+    assert "QuickGELU" in kinds and "GELU" not in kinds
 
 
 def test_taps_and_joint_space_are_clips():
     """No block after the last tap is run. The CLS token of the last block, projected, is what CLIP
     says of the image."""
-    teacher = small_detector(cnc, taps=(1, 4, 5)).teacher
+    teacher = small_detector(cnc).teacher
     teacher.random = False  # as if it were trained: its tokens are CLIP's own
+    teacher.taps = [1, 4, 5]
     outputs = []
     for block in teacher.clip.visual.transformer.resblocks:
         block.register_forward_hook(lambda module, args, output: outputs.append(output))
     images = random_images(2)
     found = teacher(images)
     assert len(outputs) == 5
-    for tap, number in enumerate((1, 4, 5)):
+    for tap, number in enumerate(teacher.taps):
         assert torch.equal(found[tap], outputs[number - 1].half())
 
     teacher.taps = [6]
@@ -497,6 +452,9 @@ def test_prompts_are_clips_own_words():
     assert prompts.ctx.grad.any(-1).all()
 
 
+PLAIN = {"moe": False, "fnp": False, "constraint": False}
+
+
 def cnc_gradients(tokens, warm_up: bool, **settings) -> tuple:
     """The gradients of the whole loss: the student's as one vector, and the prompts' or None."""
     detector = small_detector(cnc, **settings)
@@ -506,11 +464,14 @@ def cnc_gradients(tokens, warm_up: bool, **settings) -> tuple:
 
 
 def test_warm_up_teaches_the_prompts_then_the_decoder(tokens):
-    """The constraint has a gradient into the prompts first, and into the student after it."""
+    """The constraint has a gradient into the prompts first, whatever the flags are, and into the
+    student after it."""
     early, early_prompts = cnc_gradients(tokens, True)
-    free, _ = cnc_gradients(tokens, True, constraint=False)
+    free, free_prompts = cnc_gradients(tokens, True, constraint=False)
     assert early_prompts.any()
     assert torch.equal(early, free)
+    assert torch.equal(early_prompts, free_prompts)
+    assert cnc_gradients(tokens, True, **PLAIN)[1].any()
     late, late_prompts = cnc_gradients(tokens, False)
     free, _ = cnc_gradients(tokens, False, constraint=False)
     assert late_prompts is None
@@ -518,26 +479,19 @@ def test_warm_up_teaches_the_prompts_then_the_decoder(tokens):
 
 
 def test_cnc_without_its_parts_is_reverse_distillation(tokens):
-    """The loss is the mean cosine distance of the patches in joint space, and no prompt learns."""
-    plain = {"moe": False, "fnp": False, "constraint": False}
-    detector = small_detector(cnc, **plain)
+    """The loss is the mean cosine distance of the patches in joint space."""
+    detector = small_detector(cnc, **PLAIN)
     encoded, decoded, _ = detector.decode(tokens)
     e = detector.teacher.joint(torch.stack(encoded))[:, :, 1:]
     d = detector.teacher.joint(torch.stack(decoded))[:, :, 1:]
     distance = 1 - F.cosine_similarity(e, d, dim=-1).mean().item()
-    for warm_up in (True, False):
-        assert detector(tokens, warm_up).item() == pytest.approx(distance, abs=1e-6)
-        assert cnc_gradients(tokens, warm_up, **plain)[1] is None
+    assert detector(tokens).item() == pytest.approx(distance, abs=1e-6)
 
 
 def test_map_of_cnc_shows_where_the_decoder_fails(tokens):
     """All patches are reproduced but one: the map is highest at its centre and 0 above its
-    neighbours. And the map of an image does not depend on the others."""
+    neighbours."""
     detector = small_detector(cnc, fnp=False)
-    maps = detector.describe(tokens)[1]
-    alone = detector.describe([t[1:2] for t in tokens])[1]
-    assert_close(alone, maps[1:2], rtol=0, atol=1e-5)
-
     row = 2  # of four, and the second column; a patch has 16 x 16 pixels
     column = 1
 
@@ -560,20 +514,17 @@ def test_map_of_cnc_shows_where_the_decoder_fails(tokens):
 def test_only_the_student_learns(script):
     """No gradient reaches the teacher, and nothing in it changes, running statistics included."""
     detector = small_detector(script).train()
-    teacher = detector.teacher
-    before = deepcopy(teacher.state_dict())
+    before = deepcopy(detector.teacher.state_dict())
     learners = [p for p in detector.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(learners, 0.1)
     for _ in range(2):
-        detector(teacher(random_images(4))).backward()
+        detector(detector.teacher(random_images(4))).backward()
         optimizer.step()
     for name, p in detector.student.named_parameters():
         assert p.grad.any(), name
-    for name, weights in teacher.state_dict().items():
+    for name, weights in detector.teacher.state_dict().items():
         assert torch.equal(weights, before[name]), name
-    for name, p in teacher.named_parameters():
-        assert p.grad is None, name
-    assert not any(module.training for module in teacher.modules())
+    assert not any(p.grad is not None for p in detector.teacher.parameters())
 
 
 @BOTH
@@ -593,41 +544,52 @@ def test_bfloat16_is_close_to_float32(script, monkeypatch):
     assert_close(loss, exact_loss, rtol=0.02, atol=0.02)
 
 
-def some_steps_on(device: str, script, data, trained, cache: bool, out: Path) -> tuple:
-    """Three more steps of a trained detector. Returns their losses, and the maps of the test images
-    after them."""
-    normal, test = script.read_dataset(data)
-    checkpoint = torch.load(trained[script].checkpoint, weights_only=True)
-    more = {"iters": 5} if script is cada else {"epochs": 2.75}
-    settings = checkpoint["config"] | more | {"device": device, "cache": cache, "out": str(out)}
-    detector = script.build(script.Config(**settings), checkpoint)
-    for module in detector.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0  # each device draws for itself
-    losses = []
-    detector.register_forward_hook(lambda module, args, output: losses.append(output.item()))
-    script.train_detector(detector, normal[:16], checkpoint)
-    maps = script.run_on_images(detector, test, lambda f: [detector.describe(f)[1]])[0]
-    return losses, maps
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("cache", [True, False])
 @BOTH
-def test_a_gpu_agrees_with_the_cpu(script, cache, data, trained, tmp_path, capsys):
-    """It trains, describes and predicts the same, but for half precision."""
-    losses, maps = some_steps_on("cpu", script, data, trained, cache, tmp_path)
-    gpu_losses, gpu_maps = some_steps_on("cuda", script, data, trained, cache, tmp_path)
-    assert len(losses) == 3
-    assert_close(gpu_losses, losses, rtol=0.01, atol=0)
-    assert_close(gpu_maps, maps, rtol=0, atol=0.02 * (maps.max() - maps.min()).item())
-
-    words = [data / "a/test/hole/000.png", "--checkpoint", trained[script].checkpoint]
-    scores = []
+def test_a_gpu_agrees_with_the_cpu(script, cache, data, trained, tmp_path):
+    """It trains three more steps, describes and predicts the same, but for half precision."""
+    normal, test = script.read_dataset(data)
+    losses = {}
+    found = {}
     for device in ("cpu", "cuda"):
-        assert run(script, "predict", *words, "--out", tmp_path, "--device", device) == 0
-        scores.append(predictions(capsys)[0]["score"])
-    assert scores[1] == pytest.approx(scores[0], rel=0.02)
+        checkpoint = checkpoint_of(trained[script].out)
+        more = {"iters": 5} if script is cada else {"epochs": 2.75}
+        more |= {"device": device, "cache": cache, "out": str(tmp_path)}
+        cfg = script.Config(**checkpoint["config"] | more)
+        detector = script.build(cfg, checkpoint)
+        for module in detector.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0  # each device draws for itself
+        told = losses[device] = []
+        detector.register_forward_hook(lambda module, _, loss, told=told: told.append(loss.item()))
+        script.train(cfg, detector, normal[:16], checkpoint)
+        _, maps = zip(*script.describe_images(cfg, detector, test))
+        found[device] = torch.cat(maps)
+    assert len(losses["cpu"]) == 3
+    assert_close(losses["cuda"], losses["cpu"], rtol=0.01, atol=0)
+    contrast = found["cpu"].max() - found["cpu"].min()
+    assert_close(found["cuda"], found["cpu"], rtol=0, atol=0.02 * contrast.item())
+    words = ["predict", data / "b/test", "--checkpoint", trained[script].checkpoint]
+    assert run(script, *words, "--out", tmp_path, "--device", "cuda") == 0
+
+
+def test_processes_draw_batches_of_their_own(monkeypatch):
+    """In a data set that is sorted by class, a step of eight processes sees about as many classes
+    as a step of one does."""
+    cfg = cada.Config(batch_size=8)
+    classes = np.arange(15).repeat(100)
+    seen = {}
+    for count in (1, 8):
+        monkeypatch.setattr(cada, "WORLD_SIZE", count)
+        steps = [set() for _ in range(50)]
+        for rank in range(count):
+            monkeypatch.setattr(cada, "RANK", rank)
+            share = classes[rank::count]
+            for step, rows in zip(steps, cada.shuffled_batches(cfg, len(share), 50)):
+                step.update(share[rows])
+        seen[count] = np.mean([len(step) for step in steps])
+    assert seen[8] > 0.9 * seen[1]
 
 
 # ==== data ========================================================================================
@@ -635,11 +597,12 @@ def draw(path: Path, seed: int, grain: float = 6, size: tuple = (64, 64),
          mask: Path | None = None) -> None:
     """Write an image of noise that is blurred by `grain` pixels; with a red hole if it is to have a
     mask, which is written too."""
-    rng = np.random.default_rng(seed)
     width, height = size
+    rng = np.random.default_rng(seed)
     noise = rng.normal(0, 60, (height, width, 3))
     texture = 128 + (1 + grain) * ndimage.gaussian_filter(noise, (grain, grain, 0))
     image = Image.fromarray(texture.clip(0, 255).astype(np.uint8))
+    path.parent.mkdir(parents=True, exist_ok=True)
     if mask:
         x, y = rng.integers(5, 35, 2).tolist()
         hole = (x, y, x + 18, y + 14)
@@ -648,21 +611,20 @@ def draw(path: Path, seed: int, grain: float = 6, size: tuple = (64, 64),
         ImageDraw.Draw(truth).ellipse(hole, fill=255)
         mask.parent.mkdir(parents=True, exist_ok=True)
         truth.save(mask)
-    path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path)
 
 
 @pytest.fixture(scope="session")
 def session_path():
-    """Removed at the end, other than pytest's own: checkpoints are large."""
+    """A folder that is removed at the end, other than pytest's own: checkpoints are large."""
     with TemporaryDirectory() as folder:
         yield Path(folder)
 
 
 @pytest.fixture
-def tmp_path():
-    """Removed at the end, other than pytest's own: checkpoints are large."""
-    with TemporaryDirectory() as folder:
+def tmp_path(session_path):
+    """The same for a single test."""
+    with TemporaryDirectory(dir=session_path) as folder:
         yield Path(folder)
 
 
@@ -687,118 +649,126 @@ def tree(data, tmp_path) -> Path:
     return shutil.copytree(data, tmp_path / "tree")
 
 
-@pytest.fixture
-def good(tree) -> Path:
-    """The same without test images."""
-    for folder in ("a/test", "a/ground_truth", "b/test", "b/ground_truth"):
-        shutil.rmtree(tree / folder)
-    return tree
+def spoil(tree: Path, command: str) -> None:
+    """Run a shell command in a data set."""
+    subprocess.run(command, shell=True, check=True, cwd=tree)
+
+
+ONLY_TRAINING = "rm -r ?/test ?/ground_truth"
+
+VISA = """object,split,label,image,mask
+pcb,train,normal,pcb/Data/Images/Normal/0.JPG,
+pcb,test,Normal,pcb/Data/Images/Normal/1.JPG,
+pcb,test,anomaly,pcb/Data/Images/Anomaly/0.JPG,pcb/Data/Masks/Anomaly/0.png
+pcb,test,anomaly,pcb/Data/Images/Anomaly/1.JPG,pcb/Data/Masks/Anomaly/1.png
+"""
 
 
 @pytest.fixture
 def visa(tmp_path) -> Path:
-    """A raw VisA tree of one class: 2 training images, 1 good and 2 defective test images. The
+    """A raw VisA tree of one class: a training image, a good and two defective test images. The
     second defect is a single pixel."""
     root = tmp_path / "visa"
-    images = ["Normal/0.JPG", "Normal/1.JPG", "Normal/2.JPG", "Anomaly/0.JPG", "Anomaly/1.JPG"]
-    for seed, name in enumerate(images):
+    for seed, name in enumerate(["Normal/0.JPG", "Normal/1.JPG", "Anomaly/0.JPG", "Anomaly/1.JPG"]):
         draw(root / "pcb/Data/Images" / name, seed, size=(80, 48))
     values = np.zeros((2, 48, 80), np.uint8)
     values[0, 10:20, 20:60] = 1
     values[0, 20:30, 20:60] = 9
     values[1, 1, 2] = 1
-    (root / "pcb/Data/Masks/Anomaly").mkdir(parents=True)
+    masks = root / "pcb/Data/Masks/Anomaly"
+    masks.mkdir(parents=True)
     for i in range(2):
-        Image.fromarray(values[i]).save(root / f"pcb/Data/Masks/Anomaly/{i}.png")
+        Image.fromarray(values[i]).save(masks / f"{i}.png")
     (root / "split_csv").mkdir()
-    (root / "split_csv/1cls.csv").write_text("""object,split,label,image,mask
-pcb,train,normal,pcb/Data/Images/Normal/0.JPG,
-pcb,train,normal,pcb/Data/Images/Normal/1.JPG,
-pcb,test,normal,pcb/Data/Images/Normal/2.JPG,
-pcb,test,anomaly,pcb/Data/Images/Anomaly/0.JPG,pcb/Data/Masks/Anomaly/0.png
-pcb,test,anomaly,pcb/Data/Images/Anomaly/1.JPG,pcb/Data/Masks/Anomaly/1.png
-""")
+    (root / "split_csv/1cls.csv").write_text(VISA)
     return root
 
 
 GREY = np.add.outer(np.arange(0, 120, 3), np.arange(0, 100, 2)).astype(np.uint8)  # (40, 50)
 COLOURS = np.dstack([GREY, 255 - GREY, GREY // 2])
+PHOTO = Image.fromarray(COLOURS)
+DARK = COLOURS // 16  # as if 12 bits were stored in 16, of which the upper 8 are read
 TURNED = Image.Exif()
 TURNED[0x0112] = 6  # how the camera was held
 
 
-@pytest.mark.parametrize("name, image, expected, error", [
-    ("grey-16-bit.png", Image.fromarray(GREY.astype(np.uint16) * 257), np.dstack([GREY] * 3), 0),
-    ("float.tif", Image.fromarray(GREY / np.float32(255)), np.dstack([GREY] * 3), 0),
-    ("rgba.png", Image.fromarray(np.dstack([COLOURS, GREY])), COLOURS, 0),
-    ("turned.png", Image.fromarray(np.rot90(COLOURS).copy()), COLOURS, 0),
-    ("palette.png", Image.fromarray(COLOURS).quantize(), COLOURS, 3),
-    ("cmyk.JPG", Image.fromarray(COLOURS).convert("CMYK"), COLOURS, 3),
-    ("12-of-16-bits.png", Image.fromarray(GREY.astype(np.uint16) * 16), "must lie from 0", 0),
-    ("32-bit.tif", Image.fromarray(GREY.astype(np.int32) * 2**20), "must lie from 0", 0),
-    ("float-255.tif", Image.fromarray(GREY.astype(np.float32)), "must lie from 0", 0),
+@pytest.mark.parametrize("name, image, expected", [
+    ("grey-16-bit.png", GREY.astype(np.uint16) * 257, np.dstack([GREY] * 3)),
+    ("rgba.png", np.dstack([COLOURS, GREY]), COLOURS),
+    ("turned.png", np.rot90(COLOURS).copy(), COLOURS),
+    ("palette.png", PHOTO.quantize(), COLOURS),
+    ("cmyk.JPG", PHOTO.convert("CMYK"), COLOURS),
+    ("phone.mpo", PHOTO, COLOURS),
+    ("12-of-16-bits.png", GREY.astype(np.uint16) * 16, "nearly black"),
+    ("dark.png", DARK, "nearly black"),
+    ("dark-rgba.tif", np.dstack([DARK, 255 - GREY]), "nearly black"),
+    ("32-bit.tif", GREY.astype(np.int32) * 2**20, "32 bits"),
+    ("float.tif", GREY / np.float32(255), "32 bits"),
+    ("pages.tif", PHOTO, "has 2 pages"),
+    ("frames.gif", PHOTO, "has 2 pages"),
+    ("frames.png", PHOTO, "has 2 pages"),
+    ("frames.webp", PHOTO, "has 2 pages"),
 ], ids=lambda value: value if isinstance(value, str) else "")
-def test_any_image_is_read_as_rgb(name, image, expected, error, tmp_path):
-    """Sixteen bits, transparency, a turned camera, palettes and CMYK are all understood. Where it
-    is not sure which value is white, an error asks."""
-    exif = TURNED if name == "turned.png" else Image.Exif()
-    image.save(tmp_path / name, exif=exif)
+def test_any_image_is_read_as_rgb(name, image, expected, tmp_path):
+    """Sixteen bits, transparency, a turned camera, palettes, CMYK and the two pictures of a phone
+    are all understood. Where it is not sure what is white, or which frame is meant, an error asks.
+    """
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    more = {"exif": TURNED} if name == "turned.png" else {}
+    if name.startswith(("pages", "frames", "phone")):
+        more = {"save_all": True, "append_images": [image.rotate(180)]}
+    path = tmp_path / name
+    image.save(path, **more)
     if isinstance(expected, str):
         with pytest.raises(cada.UserError, match=f"{name}.*{expected}"):
-            cada.load_image(tmp_path / name)
-        return
-    found = cada.load_image(tmp_path / name)
-    assert found.mode == "RGB"
-    assert np.abs(np.asarray(found) - expected.astype(float)).mean() <= error
+            cada.load_image(path)
+    else:
+        found = cada.load_image(path)
+        assert found.mode == "RGB"
+        lossy = 0 if name.startswith(("grey", "rgba", "turned")) else 3
+        assert np.abs(np.asarray(found) - expected.astype(float)).mean() <= lossy
 
 
 DISC = np.hypot(*np.mgrid[-20:20, -20:20]) < 9  # the defect
 WHITE = DISC.astype(np.uint8) * 255
 CLEAR = np.full_like(WHITE, 255)
-INVERTED = Image.fromarray((~DISC).astype(np.uint8), "P")
-INVERTED.putpalette([255, 255, 255, 0, 0, 0])  # its number 0 is white
-RED = Image.fromarray(DISC.astype(np.uint8), "P")
-RED.putpalette([0, 0, 0, 128, 0, 0])
 
 
-@pytest.mark.parametrize("name, mask, error", [
-    ("numbers.png", Image.fromarray(WHITE // 200), 0),
-    ("16-bit.png", Image.fromarray(WHITE.astype(np.uint16) * 257), 0),
-    ("opaque.png", Image.fromarray(np.dstack([WHITE, CLEAR])), 0),
-    ("drawn-on-nothing.png", Image.fromarray(np.dstack([CLEAR, CLEAR, CLEAR, WHITE])), 0),
-    ("palette.png", INVERTED, 0),
-    ("red.png", RED, 0),
-    ("blurred.png", Image.fromarray(ndimage.gaussian_filter(WHITE, 2)), 0.05),
-    ("lossy.jpg", Image.fromarray(WHITE), 0.05),
-    ("folder", None, 0),
+def palette(numbers: np.ndarray, *colours: int) -> Image.Image:
+    """An image of numbers that stand for colours."""
+    image = Image.fromarray(numbers.astype(np.uint8), "P")
+    image.putpalette(colours)
+    return image
+
+
+HALVES = DISC * np.where(np.arange(40) < 20, 1, 2)  # two regions of numbers 1 and 2
+
+
+@pytest.mark.parametrize("name, mask", [
+    ("numbers.png", Image.fromarray(WHITE // 200)),
+    ("16-bit.png", Image.fromarray(WHITE.astype(np.uint16) * 257)),
+    ("opaque.png", Image.fromarray(np.dstack([WHITE, CLEAR]))),
+    ("drawn-on-nothing.png", Image.fromarray(np.dstack([CLEAR, CLEAR, CLEAR, WHITE]))),
+    ("inverted.png", palette(~DISC, 255, 255, 255, 0, 0, 0)),
+    ("two-reds.png", palette(HALVES, 0, 0, 0, 64, 0, 0, 128, 0, 0)),
+    ("blurred.png", Image.fromarray(ndimage.gaussian_filter(WHITE, 2))),
+    ("lossy.jpg", Image.fromarray(WHITE)),
 ], ids=lambda value: value if isinstance(value, str) else "")
-def test_any_mask_is_read_as_black_and_white(name, mask, error, tmp_path):
-    """Numbers, transparency, palettes, blur and JPEG; and a folder of partial masks, as in MVTec
-    LOCO. The error is a share of the area."""
-    path = tmp_path / name
-    if mask:
-        mask.save(path)
-    else:
-        path.mkdir()
-        for i in range(2):
-            part = WHITE.copy()
-            part[i * 20:][:20] = 0
-            Image.fromarray(part).save(path / f"{i}.png")
-    wrong = np.asarray(cada.load_mask(path)) != DISC
+def test_any_mask_is_read_as_black_and_white(name, mask, tmp_path):
+    """Numbers, transparency, palettes, blur and JPEG are understood."""
+    mask.save(tmp_path / name)
+    wrong = np.asarray(cada.load_mask(tmp_path / name)) != DISC
+    error = 0.05 if name in ("blurred.png", "lossy.jpg") else 0  # a share of the area
     assert wrong.sum() <= error * DISC.sum()
 
 
 def test_reads_an_mvtec_tree(tree):
     """Masks are paired by name, hidden files are no images, and one class is a data set too."""
-    masks = tree / "a/ground_truth/hole"
-    images = tree / "a/test/hole"
-    (masks / "000_mask.png").rename(masks / "000.png")
-    (masks / "002_mask.png").rename(masks / "0_mask.png")
-    (images / "002.png").rename(images / "0.PNG")
-    for folder in (masks, images, tree / "a/train/good"):
-        (folder / "._001.png").write_bytes(b"no image")
-        (folder / "Thumbs.db").write_bytes(b"no image")
-
+    spoil(tree, "mv a/ground_truth/hole/000_mask.png a/ground_truth/hole/000.png;"
+                "mv a/ground_truth/hole/002_mask.png a/ground_truth/hole/0_mask.png;"
+                "mv a/test/hole/002.png a/test/hole/0.PNG;"
+                "for i in a/*/*; do echo > $i/._001.png; echo > $i/Thumbs.db; done")
     train, test = cada.read_dataset(tree)
     assert [s.cls for s in train] == ["a"] * 10 + ["b"] * 10
     assert [s.label for s in test] == [0, 0, 0, 1, 1, 1] * 2
@@ -806,16 +776,14 @@ def test_reads_an_mvtec_tree(tree):
     pairs = [(s.path.name, s.mask.name) for s in test[3:6]]
     assert pairs == [("0.PNG", "0_mask.png"), ("000.png", "000.png"), ("001.png", "001_mask.png")]
     train, test = cada.read_dataset(tree / "b")
-    assert len(train) == 10
     assert {s.cls for s in train + test} == {"b"}
 
 
 def test_reads_a_raw_visa_tree(visa):
     """A mask is binarised, then resized as its image is. A defect that is lost in this is still
-    one by its label. A spreadsheet may have saved the list."""
+    one by its label."""
     train, test = cada.read_visa(visa)
-    assert [s.label for s in train] == [0, 0]
-    assert [s.label for s in test] == [0, 1, 1]
+    assert [s.label for s in train + test] == [0, 0, 1, 1]
     assert test[0].cls == "pcb"
     masks = cada.load_masks(test, 40)
     expected = np.zeros((40, 40), bool)
@@ -824,30 +792,43 @@ def test_reads_a_raw_visa_tree(visa):
     assert not masks[0].any()
     assert not cada.load_masks(test, 32)[2].any()
 
-    path = visa / "split_csv/1cls.csv"
-    path.write_text(path.read_text().replace(",", ";"), encoding="utf-8-sig")
-    assert cada.read_visa(visa) == (train, test)
+
+@pytest.mark.parametrize("content", [
+    b"",
+    VISA.encode("utf-16"),
+    VISA.encode("utf-8-sig"),
+    VISA.replace(",", ";").encode(),
+    VISA.replace("train", "training").encode(),
+    VISA.encode() + b"pcb,test\n",
+    VISA.encode() + b"pcb,test,anomaly,pcb/Data/Images/Anomaly/1.JPG\n",
+], ids=["empty", "UTF-16", "BOM", "semicolons", "other split", "short row", "no mask"])
+def test_another_list_than_visas_is_refused(content, visa):
+    """The message names the file."""
+    (visa / "split_csv/1cls.csv").write_bytes(content)
+    with pytest.raises(cada.UserError, match="split_csv/1cls.csv: "):
+        cada.read_dataset(visa)
 
 
-CLEAN = ("{tree}: 2 classes, 20 training, 6 good and 6 defective test images, 6 masks with 4.9% "
-         "of their pixels marked; 0 files not used")
+CLEAN = ("{tree}: 2 classes, 20 training and 12 test images, 6 of them defective, 6 with a mask; "
+         "0 files not used\n")
 MESSY_DATA = [  # (what is done to the data set, what must be printed of it)
     ("", CLEAN),
     ("mkdir a/test/.ipynb; cp a/test/hole/* a/test/.ipynb", CLEAN),
     ("mv a/test/good a/test/OK; mv b/test/good b/test/Normal; mv a/train/good a/train/ok", CLEAN),
-    ("cd a/ground_truth/hole; mkdir 000; mv 000_mask.png 000/1.png; cp 000/1.png 000/2.png", CLEAN),
-    ("touch a/train/good/000.heic", "; 1 files not used {tree}/a/train/good/000.heic"),
+    ("mv a ../elsewhere; ln -s ../elsewhere a", CLEAN),
+    ("ln -s .. up; ln -s . b/loop; ln -s ../.. a/train/good/up", CLEAN),
+    ("touch a/train/good/000.heic", "; 1 files not used {tree}/a/train/good/000.heic\n"),
     ("mv a/train/good a/train/deep; mkdir a/train/good; mv a/train/deep a/train/good",
-     "no training images in {tree}/a/train/good"),
-    ("rm -r a/train", "no training images in {tree}/a/train/good"),
+     "no training images of a"),
+    ("rm -r a/train", "no training images of a"),
 ]
 
 
-@pytest.mark.parametrize("spoil, says", MESSY_DATA)
-def test_what_was_found_is_told(spoil, says, tree, capsys):
+@pytest.mark.parametrize("command, says", MESSY_DATA)
+def test_what_was_found_is_told(command, says, tree, capsys):
     """Before the training, in one line. Hidden folders and known names of the good ones are no
-    kinds of defects."""
-    subprocess.run(spoil, shell=True, check=True, cwd=tree)
+    kinds of defects; links to folders above end."""
+    spoil(tree, command)
     try:
         cada.read_dataset(tree)
         told = capsys.readouterr().err
@@ -857,12 +838,12 @@ def test_what_was_found_is_told(spoil, says, tree, capsys):
 
 
 # ==== the scripts as a user runs them =============================================================
-VARIANTS = {cada: ["raw", "oracle", "regress", "cada"], cnc: ["text", "cnc"]}
+VARIANTS = {cada: ["raw", "oracle", "regress", "cada"], cnc: ["cnc"]}
 
 
 def scores_of(out: Path) -> list[dict]:
     """The rows of scores.csv."""
-    with open(out / "scores.csv", newline="") as file:
+    with open(out / "scores.csv", newline="", errors="surrogateescape") as file:
         return list(csv.DictReader(file))
 
 
@@ -871,9 +852,14 @@ def results_of(out: Path) -> dict:
     return json.loads((out / "metrics.json").read_text())["results"]
 
 
-def files_in(folder: Path) -> set[str]:
-    """What a run has left there, at any depth."""
-    return {path.name for path in folder.rglob("*") if path.is_file()}
+def checkpoint_of(out: Path) -> dict:
+    """The content of checkpoint.pt."""
+    return torch.load(out / "checkpoint.pt", weights_only=True)
+
+
+def files_in(folder: Path) -> dict:
+    """What a run has left there, at any depth: {name: content}."""
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def as_numbers(out: Path, script) -> np.ndarray:
@@ -889,25 +875,27 @@ def predictions(capsys) -> list[dict]:
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
-def test_defaults_are_the_published_ones(data, visa):
+def test_defaults_are_the_published_ones(visa):
     """They are small on the demo set, and a flag goes before everything."""
     cases = [
-        (cada, ["--data", data], {
+        (cada, ["--data", visa], {
             "teacher": "wide_resnet50_2", "weights": "IMAGENET1K_V1", "image_size": 256,
             "batch_size": 16, "iters": 5000, "lr": 2e-3}),
-        (cada, ["--data", DEMO], {"teacher": "resnet18", "image_size": 128, "iters": 200}),
-        (cada, ["--data", DEMO, "--iters", "7"], {"teacher": "resnet18", "iters": 7}),
-        (cnc, ["--data", data], {
-            "teacher": "ViT-L-14-336-quickgelu", "weights": "openai", "batch_size": 8,
-            "epochs": 250, "lr": 1e-3, "theta": 5, "tau": 0.001, "experts": 5, "top_k": 2,
-            "moe": True, "fnp": True, "constraint": True}),
-        (cnc, ["--data", visa], {"teacher": "ViT-L-14-336-quickgelu", "epochs": 200}),
-        (cnc, ["--data", DEMO], {"teacher": "tiny", "weights": "none", "epochs": 30}),
+        (cada, ["--data", DEMO, "--iters", 7], {"teacher": "resnet18", "iters": 7}),
+        (cnc, ["--data", visa], {
+            "teacher": "ViT-L-14-336-quickgelu", "weights": "openai", "image_size": 336,
+            "batch_size": 8, "epochs": 250, "lr": 1e-3, "theta": 5, "tau": 0.001, "experts": 5,
+            "top_k": 2, "moe": True, "fnp": True, "constraint": True}),
+        (cnc, ["--data", DEMO], {"teacher": "tiny", "image_size": 128, "epochs": 30}),
     ]
     for script, words, expected in cases:
-        argv = [str(word) for word in words]
-        cfg, _ = script.read_command_line(argv, script.Config(), script.DEMO, cnc.VISA)
-        assert vars(cfg) == vars(cfg) | expected
+        cfg, _ = script.read_command_line([str(word) for word in words])
+        assert expected.items() <= vars(cfg).items()
+
+
+# A cluster sets these for purposes of its own, and a notebook names a backend that may be missing.
+SURROUNDINGS = {"RANK": "1", "WORLD_SIZE": "2", "MPLBACKEND": "module://nowhere",
+                "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="session")
@@ -918,33 +906,29 @@ def trained(data, session_path) -> dict:
         name = script.__name__
         out = session_path / name
         command = [sys.executable, f"{name}.py", "--data", data, "--out", out, *FLAGS[script]]
-        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"})
+        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=100,
+                              env=os.environ | SURROUNDINGS)
         assert done.returncode == 0, done.stderr
         runs[script] = SimpleNamespace(
-            out=out, checkpoint=out / "checkpoint.pt", files=files_in(out), stdout=done.stdout,
-            stderr=done.stderr)
+            out=out, checkpoint=out / "checkpoint.pt", files=set(files_in(out)),
+            stdout=done.stdout, stderr=done.stderr)
     return runs
 
 
 @BOTH
 def test_train_writes_and_prints_what_it_says(script, trained):
-    """The metrics are those of the scores that it writes, and the table shows the metrics."""
+    """The metrics are those of the scores that it writes, and the table shows the metrics; in any
+    SURROUNDINGS."""
     done = trained[script]
-    pictures = {"heatmaps.png"} if script is cnc else {"heatmaps.png", "distributions.png"}
-    assert done.files == {"checkpoint.pt", "metrics.json", "scores.csv"} | pictures
-    for name in pictures:
-        assert np.asarray(Image.open(done.out / name).convert("L")).std() > 5
-
+    assert {"checkpoint.pt", "metrics.json", "scores.csv", "heatmaps.png"} <= done.files
     labels = [int(row["label"]) for row in scores_of(done.out)]
     results = results_of(done.out)
     assert list(results) == VARIANTS[script]
     for variant, scores in zip(results, as_numbers(done.out, script).T):
         found = results[variant]
         assert list(found) == ["a", "b", "class mean", "pooled"]
-        of_a = auroc(scores[:6], labels[:6])
-        of_b = auroc(scores[6:], labels[6:])
-        assert found["class mean"]["I-AUROC"] == pytest.approx((of_a + of_b) / 2)
+        classes = [auroc(scores[:6], labels[:6]), auroc(scores[6:], labels[6:])]
+        assert found["class mean"]["I-AUROC"] == pytest.approx(np.mean(classes))
         assert found["pooled"]["I-AUROC"] == pytest.approx(auroc(scores, labels))
         printed = "".join(f"{100 * value:9.1f}" for value in found["pooled"].values())
         assert re.search(rf"^pooled +{variant} +{printed.strip()}$", done.stdout, re.M)
@@ -960,7 +944,7 @@ def test_eval_repeats_the_numbers(script, trained, tmp_path, capsys):
     assert run(script, *words) == 0
     assert capsys.readouterr().out.splitlines()[:-1] == done.stdout.splitlines()[:-1]
     assert_close(as_numbers(tmp_path, script), as_numbers(done.out, script), rtol=0, atol=1e-4)
-    assert files_in(tmp_path) == done.files - {"checkpoint.pt"}
+    assert set(files_in(tmp_path)) == done.files - {"checkpoint.pt"}
 
 
 @BOTH
@@ -972,7 +956,7 @@ def test_predict_gives_the_same_scores(script, data, trained, tmp_path, monkeypa
     assert run(script, "predict", *paths, *words) == 0
     rows = {row["path"]: row for row in scores_of(trained[script].out)}
     found = predictions(capsys)
-    assert len(found) == len({told["overlay"] for told in found}) == 7
+    assert len(found) == len(files_in(tmp_path)) == 7
     for told in found:
         row = rows[told["path"]]
         assert told["score"] == pytest.approx(float(row[script.__name__]), abs=1e-4)
@@ -980,58 +964,60 @@ def test_predict_gives_the_same_scores(script, data, trained, tmp_path, monkeypa
         assert Image.open(told["overlay"]).size == Image.open(told["path"]).size
 
 
-def test_pictures_have_one_fixed_scale(trained, tmp_path, capsys):
-    """An image is not scaled by itself: below a huge threshold it stays clear, above a tiny one it
-    is all hot. The image has an alpha channel."""
-    Image.fromarray(np.dstack([COLOURS, GREY])).save(tmp_path / "image.png")
-    checkpoint = torch.load(trained[cada].checkpoint, weights_only=True)
-    for threshold, clear in ((1e9, True), (1e-9, False)):
-        checkpoint["thresholds"]["cada"] = threshold
-        torch.save(checkpoint, tmp_path / "checkpoint.pt")
-        assert run(cada, "predict", tmp_path / "image.png", "--out", tmp_path) == 0
-        told = predictions(capsys)[0]
-        picture = Image.open(told["overlay"]).convert("RGB")
-        assert np.array_equal(picture, COLOURS) == clear
-        assert told["anomalous"] != clear
-
-
-@FORKS
-def test_predict_goes_on_after_a_broken_file(data, trained, tmp_path, capsys):
-    """Each is told of, and all others are scored. Links are followed, a long name is cut, and what
-    it has written itself is not scored again."""
+def test_predict_takes_from_a_folder_what_it_can(data, trained, tmp_path, capsys):
+    """A file that cannot be read is told of, and all others are scored. A long name is cut, a link
+    to a folder above ends, and what a run has written itself is not scored."""
     folder = tmp_path / "images"
     folder.mkdir()
     (folder / "000.png").write_text("no image")
+    (folder / "photo.heic").write_text("not for Pillow")
+    shutil.copy(trained[cada].out / "heatmaps.png", folder)
     shutil.copy(data / "a/test/good/000.png", folder / f"{'x' * 240}.png")
-    (folder / "link").symlink_to(data / "a/test/hole")
+    (folder / "up").symlink_to("..")
     words = ["predict", folder, "--checkpoint", trained[cada].checkpoint, "--out", folder]
     for _ in range(2):
         assert run(cada, *words) == 2
         printed = capsys.readouterr()
-        assert len(printed.out.splitlines()) == 4
+        assert len(printed.out.splitlines()) == 1
+        assert re.search(r"\b1\b.*photo\.heic", printed.err)
         assert f"cannot read image {folder / '000.png'}" in printed.err
-        assert "1 of 5 images not scored" in printed.err.splitlines()[-1]
+        assert "1 images not scored" in printed.err.splitlines()[-1]
 
 
+@pytest.mark.parametrize("stdout", ["| true", ">&-"])
+def test_nobody_need_read_the_output(stdout, data, trained, tmp_path):
+    """A pipe whose reader has gone, as after `| head -1`, or a closed output ends quietly."""
+    words = [sys.executable, "cada.py", "predict", data / "a/test/good/000.png", "--checkpoint",
+             trained[cada].checkpoint, "--out", tmp_path]
+    command = f"set -o pipefail; {shlex.join(map(str, words))} {stdout}"
+    done = subprocess.run(["bash", "-c", command], cwd=HERE, stderr=subprocess.PIPE, timeout=100)
+    assert done.returncode in (0, 128 + signal.SIGPIPE)
+    assert b"rror" not in done.stderr
+    assert set(files_in(tmp_path)) == {"0000-000.overlay.png"}
+
+
+@FORKS
 @BOTH
 def test_neither_cache_nor_class_names_change_a_score(script, tree, trained, tmp_path):
     """And one seed gives one result, since the run that this is compared with was another one.
     (To the last bit, because the 16 training images fill their batches of 4: a batch of another
-    size may be rounded differently.)"""
-    (tree / "a").rename(tree / "screws")
-    (tree / "b").rename(tree / "washers")
+    size may be rounded differently.) A $ is drawn as text, and a name need not be UTF-8."""
+    name = b"00\xe9.png"
+    (tree / "a").rename(tree / r"$\cost_$")
+    (tree / r"$\cost_$/test/good/000.png").rename(tree / r"$\cost_$/test/good" / os.fsdecode(name))
     out = tmp_path / "out"
     assert run(script, "--data", tree, "--out", out, *FLAGS[script], "--no-cache") == 0
-    assert {row["class"] for row in scores_of(out)} == {"screws", "washers"}
-    np.testing.assert_array_equal(as_numbers(out, script), as_numbers(trained[script].out, script))
+    assert name in (out / "scores.csv").read_bytes()
+    np.testing.assert_array_equal(np.sort(as_numbers(out, script), axis=0),
+                                  np.sort(as_numbers(trained[script].out, script), axis=0))
 
 
 def die_after_the_first_checkpoint(script, words: list[str]) -> None:
     """Run a command line, and kill this process as soon as a checkpoint is written."""
     save = script.save_checkpoint
 
-    def save_and_die(detector, checkpoint):
-        save(detector, checkpoint)
+    def save_and_die(*arguments):
+        save(*arguments)
         os.kill(os.getpid(), signal.SIGKILL)
 
     script.save_checkpoint = save_and_die
@@ -1048,7 +1034,7 @@ def test_a_killed_run_goes_on(script, data, trained, tmp_path, capsys):
     job.start()
     job.join(100)
     assert job.exitcode == -signal.SIGKILL
-    assert files_in(tmp_path) == {"checkpoint.pt"}
+    assert list(files_in(tmp_path)) == ["checkpoint.pt"]
     assert run(script, "eval", "--out", tmp_path) == 2
     assert "--resume" in capsys.readouterr().err
     assert run(script, "--resume", "--out", tmp_path) == 0
@@ -1056,212 +1042,187 @@ def test_a_killed_run_goes_on(script, data, trained, tmp_path, capsys):
     assert scores_of(tmp_path) == scores_of(trained[script].out)
 
 
-def test_any_flag_overrides_the_checkpoint(trained, data, tmp_path):
-    """--resume with more --iters trains on; --data leads eval to another set."""
-    words = ["--checkpoint", trained[cada].checkpoint, "--out", tmp_path]
-    assert run(cada, "--resume", *words, "--iters", 3, "--data", data / "a") == 0
-    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+def test_resume_wants_the_same_images(tree, trained, tmp_path, capsys):
+    """With more --iters it trains on, also where the data set has moved to; eval takes any other
+    set. But with another image some held out for the threshold might be images trained on."""
+    out = tmp_path / "out"
+    words = ["--resume", "--checkpoint", trained[cada].checkpoint, "--out", out, "--data", tree]
+    assert run(cada, *words, "--iters", 3) == 0
+    checkpoint = checkpoint_of(out)
     assert checkpoint["step"] == checkpoint["config"]["iters"] == 3
-    assert checkpoint["config"]["image_size"] == 64
-    assert len(scores_of(tmp_path)) == 6
-    assert run(cada, "eval", "--out", tmp_path, "--data", data / "b") == 0
-    assert {row["class"] for row in scores_of(tmp_path)} == {"b"}
+    assert run(cada, "eval", "--out", out, "--data", tree / "b") == 0
+    assert {row["class"] for row in scores_of(out)} == {"b"}
+
+    before = files_in(out)
+    draw(tree / "a/train/good/010.png", 0)
+    assert run(cada, *words, "--iters", 4) == 2
+    assert "not the training images" in capsys.readouterr().err.splitlines()[-1]
+    assert files_in(out) == before
 
 
 def test_control_c_ends_in_one_line(data, tmp_path, monkeypatch, capsys):
-    """Ctrl-C is no crash: the exit code is 130, as in a shell. The checkpoint of an earlier run is
-    gone by then, so that nobody resumes that one by mistake."""
+    """Ctrl-C is no crash: the exit code is 130, as in a shell. What an earlier run left stays."""
     (tmp_path / "checkpoint.pt").write_text("of an earlier training")
+
     def press(*args):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cada.RevDist, "forward", press)
     assert run(cada, "--data", data, "--out", tmp_path, *FLAGS[cada]) == 130
     assert capsys.readouterr().err.splitlines()[-1].startswith("cada.py: error: interrupted")
-    assert not files_in(tmp_path)
+    assert files_in(tmp_path) == {"checkpoint.pt": b"of an earlier training"}
 
 
-def test_threshold_comes_from_images_kept_back(data, trained):
-    """Of four images it is the largest score. With --holdout 0 all images serve for both."""
-    checkpoint = torch.load(trained[cada].checkpoint, weights_only=True)
-    cfg = cada.Config(**checkpoint["config"])
-    normal, _ = cada.read_dataset(data)
-    kept, held = cada.hold_out(cfg, normal)
+@pytest.mark.parametrize("script, name", [(cada, "RevDist"), (cnc, "CNC")])
+def test_a_training_that_diverges_keeps_its_last_checkpoint(script, name, data, tmp_path,
+                                                            monkeypatch, capsys):
+    """From the second step on the loss is no number here. The checkpoint of the first step stays
+    good for --resume."""
+    detector = getattr(script, name)
+    forward = detector.forward
+    factors = iter([1] + 9 * [math.nan])
+    monkeypatch.setattr(detector, "forward",
+                        lambda *args, **more: next(factors) * forward(*args, **more))
+    assert run(script, "--data", data, "--out", tmp_path, *FLAGS[script]) == 2
+    assert "lower --lr" in capsys.readouterr().err.splitlines()[-1]
+    assert list(files_in(tmp_path)) == ["checkpoint.pt"]
+    checkpoint = checkpoint_of(tmp_path)
+    assert checkpoint["step"] == 1
+    assert all(w.isfinite().all() for w in checkpoint["weights"]["student"].values())
+
+
+def test_threshold_comes_from_images_kept_back(data, trained, capsys):
+    """It is the 99th of 99 scores; of fewer, as of the four here, the largest, which is told. With
+    --holdout 0 all images serve for both."""
+    assert cada.conformal_threshold(torch.arange(99.0)) == 98
+    assert cada.conformal_threshold(torch.arange(299.0)) == 296
+    checkpoint = checkpoint_of(trained[cnc].out)
+    cfg = cnc.Config(**checkpoint["config"])
+    normal, _ = cnc.read_dataset(data)
+    kept, held = cnc.hold_out(cfg, normal, checkpoint)
     assert len(held) == 4
-    assert len(kept) == 16
-    assert set(kept + held) == set(normal)
-    variants = cada.aligned_maps(cada.build(cfg, checkpoint), held, checkpoint)
-    highest = cada.image_score(variants["cada"]()).max().item()
-    assert checkpoint["thresholds"]["cada"] == pytest.approx(highest, rel=1e-4)
-    cfg.holdout = 0.0
-    assert cada.hold_out(cfg, normal) == (normal, normal)
-
-
-@pytest.mark.parametrize("n, quantile", [(30, 0.9), (7, 0.75)])
-def test_threshold_lets_the_promised_share_pass(n, quantile):
-    """Over many draws, a new normal score lies above the threshold of n others in at most a share
-    of 1 - quantile."""
-    scores = torch.rand(2000, n + 1, generator=torch.Generator().manual_seed(0))
-    above = [row[-1].item() > cada.conformal_threshold(row[:-1], quantile) for row in scores]
-    assert 0.8 * (1 - quantile) < np.mean(above) < 1.1 * (1 - quantile)
+    assert sorted(kept + held) == list(range(20))
+    assert "4 normal images; for at most 1 %" in capsys.readouterr().err
+    scores = []
+    for _, maps in cnc.describe_images(cfg, cnc.build(cfg, checkpoint), normal):
+        scores += cnc.image_score(cnc.smooth(maps)).tolist()
+    highest = max(scores[i] for i in held)
+    assert checkpoint["thresholds"]["cnc"] == pytest.approx(highest, rel=1e-4)
+    kept, held = cnc.hold_out(cnc.Config(holdout=0.0), normal, None)
+    assert kept == held == list(range(20))
 
 
 @BOTH
-def test_good_images_and_a_teacher_from_a_file(script, good, tmp_path, monkeypatch, capsys):
-    """Good images are enough to train and predict; what an earlier training left goes. A teacher's
-    weights are read from their file each time; the checkpoint knows their hash."""
-    weights = tmp_path / "weights.pt"
-    torch.manual_seed(5)
-    model = torchvision.models.resnet18() if script is cada else cnc.tiny_clip(64)
-    torch.save(model.state_dict(), weights)
-    teacher = small_detector(script, weights=str(weights)).teacher
-    used = teacher.stem[0] if script is cada else teacher.clip.visual.conv1
-    in_file = model.conv1 if script is cada else model.visual.conv1
-    assert torch.equal(used.weight, in_file.weight)
+def test_good_images_and_a_teacher_from_a_file(script, tree, tmp_path, monkeypatch, capsys):
+    """Good images are enough to train and predict. A teacher's weights are read from their file
+    each time; the checkpoint knows their fingerprint."""
+    def write_weights(seed):
+        torch.manual_seed(seed)
+        model = torchvision.models.resnet18() if script is cada else cnc.tiny_clip(64)
+        torch.save(model.state_dict(), "weights.pt")
 
-    # Paths are given from one folder and used from another.
     monkeypatch.chdir(tmp_path)
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "scores.csv").write_text("of an earlier training")
-    words = ["--data", "tree", "--out", out, *FLAGS[script], "--weights", "weights.pt"]
+    write_weights(5)
+    spoil(tree, ONLY_TRAINING)
+    words = ["--data", "tree", "--out", "out", *FLAGS[script], "--weights", "weights.pt"]
     assert run(script, *words) == 0
     printed = capsys.readouterr()
     assert "nothing to evaluate" in printed.out
     assert "RANDOM" not in printed.err
-    assert files_in(out) == {"checkpoint.pt"}
-    stored = torch.load(out / "checkpoint.pt", weights_only=True)["weights"]["teacher"]
-    assert isinstance(stored, str)  # a hash
-    monkeypatch.chdir(out)
-    words = ["predict", good / "a/train/good/000.png", "--out", out]
+    assert list(files_in(tmp_path / "out")) == ["checkpoint.pt"]
+    monkeypatch.chdir(tree)  # the paths lead to the same files from another folder
+    words = ["predict", "a/train/good/000.png", "--out", tmp_path / "out"]
     assert run(script, *words) == 0
-    assert predictions(capsys)[0]["threshold"] > 0
 
-    # Another network in the file is noticed, and so is no file. The file may have moved.
-    weights.rename(tmp_path / "moved.pt")
-    for _ in ("nothing", "another network"):
+    # Another network in the file is noticed, and so is no file.
+    monkeypatch.chdir(tmp_path)
+    Path("weights.pt").unlink()
+    words = ["predict", tree / "a/train/good/000.png", "--out", tmp_path / "out"]
+    for _ in ("no file", "another network"):
         assert run(script, *words) == 2
-        assert "--weights" in capsys.readouterr().err
-        model = torchvision.models.resnet18() if script is cada else cnc.tiny_clip(64)
-        torch.save(model.state_dict(), weights)
-    assert run(script, *words, "--weights", tmp_path / "moved.pt") == 0
+        assert "--weights" in capsys.readouterr().err.splitlines()[-1]
+        write_weights(6)
+    write_weights(5)
+    assert run(script, *words, "--weights", "weights.pt") == 0
 
 
-def test_data_may_lack_masks_or_good_images(tree, trained, tmp_path):
-    """Without masks there are the metrics of images; with one kind of image only there are none."""
-    words = ["eval", "--checkpoint", trained[cada].checkpoint, "--data", tree, "--out", tmp_path]
-    shutil.rmtree(tree / "a/ground_truth")
-    shutil.rmtree(tree / "b/ground_truth")
-    assert run(cada, *words) == 0
-    found = results_of(tmp_path)["cada"]["pooled"]
-    assert list(found) == ["I-AUROC", "I-AP", "I-F1max"]
-    assert found.items() <= results_of(trained[cada].out)["cada"]["pooled"].items()
-    for folder in ("a/train", "b/train", "a/test/good", "b/test/good"):
-        shutil.rmtree(tree / folder)
-    assert run(cada, *words) == 0
-    assert results_of(tmp_path)["cada"]["pooled"] == {}
+@pytest.mark.parametrize("command, metrics", [
+    ("rm -r ?/ground_truth", ["I-AUROC", "I-AP", "I-F1max"]),
+    ("rm -r ?/test/hole ?/ground_truth", []),
+    ("rm -r ?/test/good ?/ground_truth", []),
+])
+def test_data_may_lack_masks_or_a_kind_of_images(command, metrics, tree, trained, tmp_path, capsys):
+    """Without masks there are the metrics of images. With one kind of image only there is a line in
+    their place; what is flagged, and every score, are told all the same. Of an unknown class there
+    is no oracle."""
+    spoil(tree, f"{command}; mv a new")
+    words = ["--checkpoint", trained[cada].checkpoint, "--data", tree, "--out", tmp_path]
+    assert run(cada, "eval", *words) == 0
+    results = results_of(tmp_path)
+    assert list(results) == ["raw", "regress", "cada"]
+    assert list(results["cada"]["pooled"]) == metrics
+    printed = capsys.readouterr().out
+    assert ("no table" in printed) != bool(metrics)
+    told = [row["anomalous"] for row in scores_of(tmp_path)]
+    good, bad = re.search(r"flags (\d+) of \d+ good and (\d+) of", printed).groups()
+    assert int(good) + int(bad) == told.count("True")
+    assert len(told) >= 6
 
 
-@BOTH
-def test_nonsense_is_not_reported(script, data, trained, tmp_path, capsys):
-    """Where a map is not finite, neither eval nor predict has an answer; the image is named. A
-    checkpoint that lacks a layer does not fit."""
-    checkpoint = torch.load(trained[script].checkpoint, weights_only=True)
-    student = checkpoint["weights"]["student"]
-    last = [name for name in student if name.endswith("weight")][-1]
-    kept = student.pop(last)
-    path = tmp_path / "checkpoint.pt"
-    torch.save(checkpoint, path)
-    assert run(script, "eval", "--out", tmp_path) == 2
-    assert "student does not fit" in capsys.readouterr().err
-    student[last] = kept * math.nan
-    torch.save(checkpoint, path)
+def test_nonsense_is_not_reported(data, trained, tmp_path, capsys):
+    """Where a map is not finite, neither eval nor predict has an answer."""
+    checkpoint = checkpoint_of(trained[cada].out)
+    checkpoint["weights"]["student"]["decode1.0.conv1.weight"] *= math.nan
+    torch.save(checkpoint, tmp_path / "checkpoint.pt")
     for words in (["eval"], ["predict", data / "a/test/good/000.png"]):
-        assert run(script, *words, "--out", tmp_path) == 2
+        assert run(cada, *words, "--out", tmp_path) == 2
         printed = capsys.readouterr()
         assert not printed.out
-        assert "a/test/good/000.png: its anomaly map is not finite" in printed.err
+        assert "an anomaly map is not finite" in printed.err
 
 
-def test_of_torchruns_processes_one_evaluates(trained, tmp_path, monkeypatch, capsys):
-    """The others have nothing to do."""
-    monkeypatch.setattr(cada, "RANK", 1)
-    words = ["eval", "--checkpoint", trained[cada].checkpoint, "--out", tmp_path]
-    assert run(cada, *words) == 0
-    assert not capsys.readouterr().out
-    assert not files_in(tmp_path)
-
-
-def test_what_holdout_costs_is_told(capsys):
-    """It may take all images of a class; and of few images there is no 0.99 quantile."""
-    samples = [cada.Sample(Path(str(i)), f"class {i}") for i in range(10)]
-    cada.hold_out(cada.Config(), samples)
-    told = capsys.readouterr().err
-    assert re.search(r"keeps back all training images of class \d\n", told)
-    assert "of 1 normal images; for at most 1 % of false alarms it takes 99" in told
-    scores = torch.arange(99.0)
-    assert cada.conformal_threshold(scores) == cada.conformal_threshold(scores[:98]) + 1 == 98
-    cada.hold_out(cada.Config(), samples * 99)
-    assert not capsys.readouterr().err
-
-
-@FORKS
-def test_names_may_be_strange(tree, trained, tmp_path):
-    """A $ in a class name is drawn as text, not as a formula. A file name that is no UTF-8 is
-    written back as it was. Of an unknown class there is no oracle."""
-    (tree / "a").rename(tree / r"$\cost_$")
-    name = b"caf\xe9.png"
-    (tree / r"$\cost_$/test/good/000.png").rename(tree / r"$\cost_$/test/good" / os.fsdecode(name))
-    words = ["--checkpoint", trained[cada].checkpoint, "--data", tree, "--out", tmp_path / "out"]
-    assert run(cada, "eval", *words) == 0
-    assert name in (tmp_path / "out/scores.csv").read_bytes()
-    assert list(results_of(tmp_path / "out")) == ["raw", "regress", "cada"]
-
-
-def test_pictures_show_twelve_classes(data, tmp_path):
-    """What is beyond the twelfth class changes nothing in them."""
-    image = data / "a/test/good/000.png"
-    samples = [cada.Sample(image, f"class {i:02}") for i in range(14)]
-    bad = [cada.Sample(image, f"class {i:02}", 1) for i in range(14)]
-    scores = {"raw": np.arange(14)}
-    maps = []
-    levels = []
-    for count in (14, 12, 11):
-        cada.plot_heatmaps(tmp_path / "maps.png", samples[:count] + bad[:count],
-                           np.zeros(28), {}, {})
-        maps.append((tmp_path / "maps.png").read_bytes())
-        some = {"raw": scores["raw"][:count]}
-        cada.plot_distributions(tmp_path / "levels.png", samples[:count], some,
-                                {"raw": {"pooled": {}}}, {"raw": 9})
-        levels.append((tmp_path / "levels.png").read_bytes())
-    for pictures in (maps, levels):
-        assert pictures[0] == pictures[1] != pictures[2]
+def test_pictures_show_twelve_classes_and_cut_their_names(data, tmp_path):
+    """What is beyond the twelfth class, or the twentieth letter of a name, changes nothing in them.
+    """
+    cfg = cada.Config(out=str(tmp_path))
+    pictures = []
+    for count, letters in ((14, 40), (12, 20), (11, 20)):
+        samples = []
+        for i in range(count):
+            name = f"class {i:02} {'x' * 40}"[:letters]
+            samples.append(cada.Sample(data / "a/test/good/000.png", name, 1))
+        cada.plot_distributions(cfg, samples, {"raw": np.arange(count)}, {"raw": {"pooled": {}}},
+                                {"raw": 9})
+        shown = samples[:12]
+        cada.plot_heatmaps(cfg, shown, np.zeros((len(shown), 8, 8)), {}, {"thresholds": {}})
+        pictures.append(files_in(tmp_path))
+    assert pictures[0] == pictures[1]
+    assert pictures[1].items().isdisjoint(pictures[2].items())
 
 
 def test_cada_on_cnc(data, trained, tmp_path, monkeypatch, capsys):
-    """CADA is fitted to a CNC that is trained already and stays as it is, or to a new one; and
-    eval, predict and --resume work."""
-    monkeypatch.chdir(tmp_path)  # for runs/cada, the default of --out
-    before = trained[cnc].checkpoint.read_bytes()
-    with monkeypatch.context() as patch:
-        patch.setattr(cnc.CNC, "forward", None)  # it must not train
-        assert run(cada, "--base", "cnc", "--checkpoint", trained[cnc].checkpoint) == 0
-    assert trained[cnc].checkpoint.read_bytes() == before
-    scores = scores_of(Path("runs/cada"))
-    assert [row["raw"] for row in scores] == [row["cnc"] for row in scores_of(trained[cnc].out)]
-
-    words = ["--base", "cnc", "--out", "new"]
-    for first in (["--data", data, *FLAGS[cnc]], ["eval"], ["--resume"]):
-        assert run(cada, *first, *words) == 0
-        assert scores_of(Path("new")) == scores
+    """CADA is fitted to a CNC that stays as it is. Its checkpoint needs no other file, and it has
+    a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    Path("cnc.pt").write_bytes(trained[cnc].checkpoint.read_bytes())
+    assert run(cada, "--cnc", "cnc.pt", "--data", data) == 0
+    Path("cnc.pt").unlink()
+    out = Path("runs/cada-on-cnc")
+    assert set(files_in(tmp_path)) == trained[cada].files
+    scores = scores_of(out)
+    raw = [float(row["raw"]) for row in scores]
+    assert raw == pytest.approx(as_numbers(trained[cnc].out, cnc)[:, 0].tolist(), abs=1e-4)
+    assert run(cada, "eval", "--out", out) == 0
+    assert scores_of(out) == scores
     capsys.readouterr()
-    assert run(cada, "predict", data / "a/test/hole/000.png", *words) == 0
+    assert run(cada, "predict", data / "a/test/hole/000.png", "--out", out) == 0
     assert predictions(capsys)[0]["score"] == pytest.approx(float(scores[3]["cada"]), abs=1e-3)
 
 
 def train_a_share(script, words: list[str], rank: int, count: int) -> None:
     """What one of torchrun's `count` processes does. Left out is all in which a half of the images
     differs from all of them: BatchNorm, dropout, the mean margin and the balance of experts."""
+    script.UNDER_TORCHRUN = True
     script.RANK = rank
     script.WORLD_SIZE = count
     os.environ["RANK"] = str(rank)
@@ -1276,16 +1237,19 @@ def train_a_share(script, words: list[str], rank: int, count: int) -> None:
     # A step of Adam does not tell the size of a gradient, one of SGD does.
     torch.optim.Adam = lambda parameters, *args, **more: torch.optim.SGD(parameters, 1.0)
     torch.optim.AdamW = torch.optim.Adam
+    if rank > 0:
+        torch.save = None  # only the first process writes
     sys.exit(script.main(words))
 
 
 @FORKS
 @BOTH
-def test_two_processes_learn_what_one_does(script, good, tmp_path):
+def test_two_processes_learn_what_one_does(script, tree, tmp_path):
     """Each sees a half of every batch, here of all 20 images, and both follow the mean of their
     gradients."""
+    spoil(tree, ONLY_TRAINING)
     fork = multiprocessing.get_context("fork")
-    words = ["--data", str(good), *FLAGS[script], "--batch-size", "20", "--holdout", "0"]
+    words = ["--data", str(tree), *FLAGS[script], "--batch-size", "20", "--holdout", "0"]
     if script is cnc:
         words += ["--no-fnp", "--tau", "1"]
     students = [small_detector(script).student.state_dict()]
@@ -1299,15 +1263,10 @@ def test_two_processes_learn_what_one_does(script, good, tmp_path):
         for job in jobs:
             job.join(100)
             assert job.exitcode == 0
-        checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
-        students.append(checkpoint["weights"]["student"])
+        students.append(checkpoint_of(out)["weights"]["student"])
 
-    moved = []
-    difference = []
-    for start, one, two in zip(*(student.values() for student in students)):
-        moved.append((one - start).flatten())
-        difference.append((two - one).flatten())
-    assert torch.cat(difference).norm() < 1e-3 * torch.cat(moved).norm()
+    start, one, two = (torch.cat([w.flatten() for w in s.values()]) for s in students)
+    assert (two - one).norm() < 1e-3 * (one - start).norm()
 
 
 # ==== what the README says ========================================================================
@@ -1316,12 +1275,13 @@ SOURCES = [(HERE / name).read_text(encoding="utf-8") for name in ("cada.py", "cn
 
 
 def test_readme_lists_every_departure():
-    """The rows of its tables and the tags [ours] Dn in the code name the same set."""
-    tags = re.findall(r"\[ours\](?:\s+(D\d+))?", SOURCES[0] + SOURCES[1])
-    rows = re.findall(r"^\|\s*(D\d+)\s*\|", README, re.M)
-    assert set(rows) == set(tags) - {""}
-    # Each docstring explains the tag itself once.
-    assert tags.count("") == 2
+    """Its list and the tags [ours] Dn in the code name the same set, from D1 without a gap."""
+    tags = re.findall(r"\[ours\]((?:[\s#,]+D\d+)*)", SOURCES[0] + SOURCES[1])
+    assert tags.count("") == 2  # each docstring explains the tag itself once
+    in_code = set(re.findall(r"D\d+", " ".join(tags)))
+    listed = re.findall(r"^(?:- \*\*|\|\s*)(D\d+)\b", README, re.M)
+    assert sorted(listed) == sorted(in_code)
+    assert in_code == {f"D{i + 1}" for i in range(len(in_code))}
 
 
 def test_links_of_the_readme_lead_to_files():
@@ -1334,7 +1294,7 @@ def test_links_of_the_readme_lead_to_files():
 
 def test_every_command_of_the_readme_runs(data, tmp_path, monkeypatch, capsys):
     """Flags after those of the README, which go before them, make it small; so does the data."""
-    for name in ("mvtec", "mine"):
+    for name in ("mvtec", "visa", "elpv", "mine"):
         shutil.copytree(data / "b", tmp_path / "data" / name / "bottle")
     shutil.copytree(data / "b/test/good", tmp_path / "folder")
     Image.fromarray(COLOURS).save(tmp_path / "photo.jpg")
@@ -1345,8 +1305,8 @@ def test_every_command_of_the_readme_runs(data, tmp_path, monkeypatch, capsys):
     for name, text in commands:
         script = cada if name == "cada" else cnc
         words = shlex.split(text, comments=True)
-        if "--checkpoint" not in words and "--resume" not in words:
-            words += FLAGS[cnc if "cnc" in words else script]
+        if not {"eval", "predict", "--resume"} & set(words):
+            words += FLAGS[script]
         assert run(script, *words) == 0, text
     assert "overlay" in capsys.readouterr().out
 
@@ -1377,9 +1337,13 @@ def test_scripts_share_sections_letter_for_letter():
 
 # ==== bad input ===================================================================================
 def check_failure(script, words: list, says: str, capsys, tmp_path) -> None:
-    """The run ends with exit code 2 and a message that says something, and leaves no result.
-    Our own message is one line, and the last."""
+    """The run ends with exit code 2 and a message that says something. What an earlier run left in
+    --out stays, and nothing is added. Our own message is one line, and the last."""
     out = tmp_path / "out"
+    out.mkdir(exist_ok=True)
+    for name in ("checkpoint.pt", "scores.csv", "heatmaps.png"):
+        (out / name).write_text("of an earlier training")
+    before = files_in(out)
     assert run(script, *words, "--out", out) == 2
     error = capsys.readouterr().err
     if "error: " in error:
@@ -1387,7 +1351,7 @@ def check_failure(script, words: list, says: str, capsys, tmp_path) -> None:
         assert error.splitlines()[-1].startswith(f"{script.__name__}.py: error: ")
     else:
         assert says in error  # tyro's frame
-    assert files_in(out) <= {"checkpoint.pt"}  # of the first steps, if there were any
+    assert files_in(out) == before
 
 
 BAD_COMMAND_LINES = [  # (script, command line, what the message must say)
@@ -1395,43 +1359,49 @@ BAD_COMMAND_LINES = [  # (script, command line, what the message must say)
     (cada, "--iters ten", "--iters"),
     (cada, "explain", "'explain'"),
     (cada, "train {data}", "name images after predict"),
-    (cada, "predict", "name images after predict"),
-    (cada, "--loss mse", "--loss"),
-    (cada, "--base unet", "--base"),
-    (cada, "--base cnc --iters 3", "--iters"),
-    (cada, "--seed -1", "--seed"),
-    (cada, "--seed 1760000000000", "--seed"),
-    (cada, "--batch-size 0", "--batch-size"),
-    (cada, "--iters 0", "--iters"),
-    (cada, "--image-size 32", "--image-size"),
-    (cada, "--image-size 100", "--image-size"),
-    (cada, "--holdout 1", "--holdout"),
-    (cada, "eval", "train first"),
-    (cada, "--checkpoint nowhere.pt", "nowhere.pt"),
-    (cada, "eval --checkpoint {malicious}", "malicious.pt"),
-    (cada, "eval --checkpoint {cnc}", "--base"),
-    (cada, "eval --base cnc --checkpoint {cnc}", "no CADA"),
-    (cada, "eval --teacher resnet34 --checkpoint {cada}", "does not fit"),
-    (cada, "predict nowhere.png --checkpoint {cada}", "nowhere.png"),
-    (cada, "predict {empty} --checkpoint {cada}", "no images"),
+    (cada, "predict --checkpoint {cada}", "name images after predict"),
+    (cada, "{train} --seed -1", "--seed"),
+    (cada, "{train} --seed 1760000000000", "--seed"),
+    (cada, "{train} --batch-size 0", "--batch-size"),
+    (cada, "{train} --iters 0", "--iters"),
+    (cada, "{train} --lr -1", "--lr"),
+    (cada, "{train} --lr nan", "--lr"),
+    (cada, "{train} --workers -1", "--workers"),
+    (cada, "{train} --image-size 32", "--image-size"),
+    (cada, "{train} --image-size 100", "--image-size"),
+    (cada, "{train} --holdout 1", "--holdout"),
+    (cada, "{train} --checkpoint {cada}", "--checkpoint"),
     (cada, "{train} --data nowhere", "nowhere: no such folder"),
     (cada, "{train} --device abacus", "--device"),
-    (cada, "eval --data {empty} --checkpoint {cada}", "no test images"),
     (cada, "{train} --teacher vgg16", "--teacher vgg16"),
     (cada, "{train} --weights IMAGENET1K_V9", "--weights IMAGENET1K_V9"),
     (cada, "{train} --weights {malicious}", "malicious.pt"),
-    (cada, "{train} --lr 1e30", "lower --lr"),
-    (cnc, "--top-k 6", "--top-k"),
-    (cnc, "eval --no-moe --checkpoint {cnc}", "does not fit"),
-    (cnc, "{train} --taps 7", "--taps"),
-    (cnc, "{train} --taps 4 2", "rising"),
+    (cada, "{train} --cnc {cada}", "no checkpoint of cnc.py"),
+    (cada, "--cnc {cnc} --data {other}", "not the training images"),
+    (cada, "eval", "train first"),
+    (cada, "eval --checkpoint {malicious}", "malicious.pt"),
+    (cada, "eval --checkpoint {cnc}", "cnc.py wrote it"),
+    (cada, "eval --checkpoint {cada} --teacher resnet34", "--teacher"),
+    (cada, "eval --checkpoint {cada} --image-size 96", "--image-size"),
+    (cada, "eval --checkpoint {cada} --seed 1", "--seed"),
+    (cada, "eval --checkpoint {cada} --data {empty}", "{empty}"),
+    (cada, "--resume --checkpoint {cada} --seed 1", "--seed"),
+    (cada, "--resume --checkpoint {cada} --holdout 0.3", "--holdout"),
+    (cada, "--resume --checkpoint {cada} --iters 9 --data {other}", "not the training images"),
+    (cada, "predict nowhere.png --checkpoint {cada}", "nowhere.png"),
+    (cada, "predict {empty} --checkpoint {cada}", "no image"),
+    (cnc, "{train} --top-k 6", "--top-k"),
+    (cnc, "{train} --theta 2", "--theta"),
+    (cnc, "{train} --theta -1", "--theta"),
+    (cnc, "{train} --image-size -32", "--image-size"),
     (cnc, "{train} --image-size 70", "multiples of 16"),
     (cnc, "{train} --weights openai", "--weights openai"),
     (cnc, "{train} --weights {malicious}", "malicious.pt"),
-    (cnc, "{train} --weights {other}", "other.pt"),
+    (cnc, "{train} --weights {weights}", "weights.pt"),
     (cnc, "{train} --teacher RN50", "plain ViT"),
     (cnc, "{train} --teacher ViT-B-16-SigLIP --image-size 224", "SigLIP"),
-    (cnc, "{train} --lr 1e30", "lower --lr"),
+    (cnc, "eval --checkpoint {cnc} --no-moe", "--moe"),
+    (cnc, "eval --checkpoint {cnc} --seed 1", "--seed"),
 ]
 
 
@@ -1451,84 +1421,93 @@ def test_bad_command_lines(script, text, says, data, trained, tmp_path, on_meta,
     ran = tmp_path / "ran"
     malicious = tmp_path / "malicious.pt"
     malicious.write_bytes(pickle.dumps({"config": Payload(ran)}, protocol=2))
-    torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pt")
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "weights.pt")
     (tmp_path / "empty").mkdir()
-    places = {"data": data, "empty": tmp_path / "empty", "malicious": malicious,
-              "other": tmp_path / "other.pt", "cada": trained[cada].checkpoint,
-              "cnc": trained[cnc].checkpoint,
+    places = {"data": data, "other": data / "a", "empty": tmp_path / "empty",
+              "malicious": malicious, "weights": tmp_path / "weights.pt",
+              "cada": trained[cada].checkpoint, "cnc": trained[cnc].checkpoint,
               "train": " ".join(["--data", str(data), *FLAGS[script]])}
-    check_failure(script, text.format(**places).split(), says, capsys, tmp_path)
+    words = text.format(**places).split()
+    check_failure(script, words, says.format(**places), capsys, tmp_path)
     assert not ran.exists()
     pickle.loads(malicious.read_bytes())
     assert ran.exists()  # so the payload works
 
 
+@pytest.mark.parametrize("count, text, says", [
+    (2, "eval --checkpoint {cada}", "torchrun: is for training"),
+    (3, "{train}", "--batch-size: give a multiple of 3"),
+    (17, "{train} --batch-size 17", "17 processes for 16 training images"),
+])
+def test_bad_calls_of_torchrun(count, text, says, data, trained, tmp_path, monkeypatch, capsys):
+    """Evaluation is one process's work, and each process needs an image and a part of the batch."""
+    monkeypatch.setattr(cada, "UNDER_TORCHRUN", True)
+    monkeypatch.setattr(cada, "WORLD_SIZE", count)
+    text = text.format(cada=trained[cada].checkpoint, train=" ".join(FLAGS[cada]))
+    check_failure(cada, [*text.split(), "--data", data], says, capsys, tmp_path)
+
+
 BAD_DATA = [  # (what is done to the data set, what the message must say)
-    ("rm a/train/good/*", "a/train/good"),
+    ("rm a/train/good/*", "no training images of a"),
     ("rm ?/train/good/00[1-9].png", "2 training images"),
     ("echo text > a/train/good/003.png", "good/003.png"),
     ("truncate --size 600 a/test/hole/001.png", "hole/001.png"),
-    ("rm a/ground_truth/hole/001_mask.png", "ground_truth/hole for 001.png"),
-    ("mv a/ground_truth/hole a/ground_truth/hoel", "ground_truth/hole for 000.png"),
+    ("cp dark.png a/train/good/001.png", "good/001.png: is nearly black"),
+    ("rm a/ground_truth/hole/001_mask.png", "ground_truth/hole for "),
+    ("mv a/ground_truth/hole a/ground_truth/hoel", "ground_truth/hole for "),
+    ("cd a/ground_truth/hole; mkdir 000; mv 000_mask.png 000", "ground_truth/hole for "),
     ("echo text > a/ground_truth/hole/001_mask.png", "hole/001_mask.png"),
     ("cp b/test/good/000.png a/ground_truth/hole/001_mask.png", "001_mask.png: its image has"),
     ("cp turned.png a/test/hole/001.png", "EXIF"),
-    ("cp dark.png a/test/good/001.png", "good/001.png: its values must lie"),
     ("cp a/ground_truth/hole/000_mask.png a/test/hole", "test/hole/000_mask.png shares its name"),
     ("cp a/test/hole/000.png a/test/hole/000.jpg", "test/hole/000.png shares its name"),
     ("cp black.png a/ground_truth/hole/000.png", "hole/000_mask.png shares its name"),
-    ("rm -r b/*t*; for i in a/ground_truth/hole/*; do cp black.png $i; done", "a/ground_truth"),
+    ("rm -r b/*t*; for i in a/ground_truth/hole/*; do cp black.png $i; done", "no mask"),
     ("for i in a b; do mv $i/test $i/test_public; mv $i/ground_truth $i/test_public; done",
-     "a/test_public/ground_truth"),
+     "no mask"),
 ]
 
 
-@pytest.mark.parametrize("spoil, says", BAD_DATA)
-def test_bad_data(spoil, says, tree, tmp_path, capsys):
+@pytest.mark.parametrize("command, says", BAD_DATA)
+def test_bad_data(command, says, tree, tmp_path, capsys):
     """A broken data set stops the run before the training; the message names the file."""
     Image.new("RGB", (64, 64), "grey").save(tree / "turned.png", exif=TURNED)
-    Image.fromarray(np.full((64, 64), 4095, np.uint16)).save(tree / "dark.png")
+    Image.fromarray(DARK).save(tree / "dark.png")
     Image.new("L", (64, 64)).save(tree / "black.png")
-    subprocess.run(spoil, shell=True, check=True, cwd=tree)
+    spoil(tree, command)
     check_failure(cada, ["--data", tree, *FLAGS[cada]], says, capsys, tmp_path)
 
 
 @FORKS
-@BOTH
 @pytest.mark.parametrize("flag, says", [("--cache", "--no-cache"), ("--no-cache", "no checkpoint")])
-def test_a_full_disk(script, flag, says, data, tmp_path, capsys):
+def test_a_full_disk(flag, says, data, tmp_path, capsys):
     """Here no file may be larger than 100 kB. The message names what had no room, and the way
     without it; no part of a file is left."""
     import resource  # not on Windows
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
-        check_failure(script, ["--data", data, *FLAGS[script], flag], says, capsys, tmp_path)
+        check_failure(cada, ["--data", data, *FLAGS[cada], flag], says, capsys, tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert not files_in(tmp_path / "out")
 
 
 @FORKS
-@BOTH
-def test_a_worker_finds_a_mistake(script, good, tmp_path, monkeypatch, capsys):
-    """A file that breaks during the training ends in one line, as anywhere. A worker sends bytes,
-    so that a batch is small."""
-    sample = script.Sample(good / "a/train/good/003.png")
-    assert script.load_batch(small_detector(script).preprocess, [sample]).dtype == torch.uint8
-    sample.path.write_text("no image")
-    monkeypatch.setattr(script, "check_files", lambda sample: 0.0)
-    words = ["--data", good, *FLAGS[script], "--workers", 2]
+def test_a_worker_finds_a_mistake(tree, tmp_path, monkeypatch, capsys):
+    """A file that breaks during the training ends in one line, as anywhere."""
+    (tree / "a/train/good/003.png").write_text("no image")
+    monkeypatch.setattr(cada, "check_files", lambda sample: True)
+    words = ["--data", tree, *FLAGS[cada], "--workers", 2]
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
-    check_failure(script, words, "error: cannot read image", capsys, tmp_path)
+    check_failure(cada, words, "error: cannot read image", capsys, tmp_path)
     gc.collect()  # the workers end here, and need no more than that interval
 
 
-def test_a_script_on_its_own(tmp_path, monkeypatch, capsys):
-    """Neither the demo set nor the other script lies beside it."""
+def test_a_script_on_its_own(data, tmp_path, monkeypatch, capsys):
+    """The demo set need not lie beside it."""
     monkeypatch.setattr(cada, "HERE", tmp_path)
     check_failure(cada, [], "data/demo: no such folder", capsys, tmp_path)
-    check_failure(cada, ["--base", "cnc"], "cnc.py does not lie beside", capsys, tmp_path)
+    assert cada.read_command_line(["--data", str(data)])[0].iters == 5000
 
 
 @BOTH
@@ -1540,9 +1519,10 @@ def test_no_network(script, data, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # what was downloaded before must not help
     monkeypatch.setattr(torch.hub, "urlopen", download)
     monkeypatch.setattr(open_clip.factory, "download_pretrained", download)
-    words = ["--data", data, *FLAGS[script], "--weights", "IMAGENET1K_V1"]
+    words = "--weights IMAGENET1K_V1"
     if script is cnc:
-        words += ["--weights", "openai", "--teacher", "ViT-B-32-quickgelu", "--image-size", 224]
+        words = "--weights openai --teacher ViT-B-32-quickgelu --image-size 224"
+    words = ["--data", data, *FLAGS[script], *words.split()]
     check_failure(script, words, "Name or service not known", capsys, tmp_path)
 
 
@@ -1560,8 +1540,7 @@ def seconds(work) -> float:
 
 def bench_training(script, folder: Path, batch_size: int, **settings) -> None:
     """How much longer does a training step take without the cache?"""
-    cfg = script.Config(weights="none", workers=0, out=str(folder), batch_size=batch_size,
-                        **settings)
+    cfg = small_config(script, out=str(folder), batch_size=batch_size, **settings)
     detector = script.build(cfg, None).train()
     samples = []
     for i in range(2 * batch_size):
@@ -1570,20 +1549,17 @@ def bench_training(script, folder: Path, batch_size: int, **settings) -> None:
     learners = [p for p in detector.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(learners, 1e-3, fused=True)
 
-    sources = {}
-    took = {True: [], False: []}
-    for cfg.cache in took:  # the first batch fills the cache
-        batches = script.shuffled(len(samples), batch_size, 7, seed=0)
-        sources[cfg.cache] = script.teacher_features(detector, samples, batches)
-        next(sources[cfg.cache])
-    for _ in range(6):  # in turn, so that noise of the machine hits both
-        for cached in took:
-            began = time.perf_counter()
-            optimizer.zero_grad(set_to_none=True)
-            detector(next(sources[cached])).backward()
-            optimizer.step()
-            took[cached].append(time.perf_counter() - began)
-    ratio = np.median(took[False]) / np.median(took[True])
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        detector(next(features)).backward()
+        optimizer.step()
+
+    took = {}
+    for cfg.cache in (True, False):
+        batches = script.shuffled_batches(cfg, len(samples), 6)  # as many as `seconds` makes steps
+        features = script.teacher_features(cfg, detector, samples, batches)
+        took[cfg.cache] = seconds(step)  # its first call fills the cache
+    ratio = took[False] / took[True]
     print(f"{cfg.teacher}: a step with --no-cache takes {ratio:.2f} times as long")
 
 
@@ -1621,7 +1597,7 @@ def moved_tokens(detector, samples: list, shift: torch.Tensor | float) -> list[t
     along = F.normalize(t_a - t_n, dim=0) @ detector.teacher.clip.visual.proj.T
     generator = torch.Generator().manual_seed(0)
     moved = []
-    images = torch.cat([*cnc.image_batches(detector, samples)])
+    images = torch.cat([*cnc.image_batches(small_config(cnc), detector, samples)])
     for tap in detector.teacher(images):
         patches = tap[:, 1:].float()
         share = 0.06 * torch.randn(patches.shape[:2], generator=generator) + shift
@@ -1640,13 +1616,15 @@ def bench_text() -> None:
     masks = cnc.load_masks(test, 64)
     covered = F.avg_pool2d(torch.from_numpy(masks).float()[:, None], 16).flatten(1)
     for text in (True, False):
-        detector = small_detector(cnc, fnp=text, constraint=text)
-        detector.teacher.estimate_statistics(cnc.image_batches(detector, normal))
+        cfg = small_config(cnc, fnp=text, constraint=text)
+        detector = cnc.build(cfg, None)
+        detector.teacher.whitening.estimate(detector.teacher,
+                                            cnc.image_batches(cfg, detector, normal))
         tokens = moved_tokens(detector, normal, 0)
         learners = [p for p in detector.parameters() if p.requires_grad]
         optimizer = torch.optim.Adam(learners, 1e-3)
         detector.train()
-        for step, rows in enumerate(cnc.shuffled(len(normal), 8, 160, seed=0)):
+        for step, rows in enumerate(cnc.shuffled_batches(cfg, len(normal), 160)):
             loss = detector([t[rows] for t in tokens], warm_up=step < 20)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -1667,5 +1645,5 @@ if __name__ == "__main__":
     print(f"{os.cpu_count()} CPU cores, PyTorch {torch.__version__}")
     with TemporaryDirectory() as temporary:
         bench_training(cnc, Path(temporary), 8, teacher="ViT-B-16", image_size=224)
-        bench_training(cada, Path(temporary), 4, teacher="wide_resnet50_2")
+        bench_training(cada, Path(temporary), 4, teacher="wide_resnet50_2", image_size=256)
     bench_metrics()
