@@ -111,7 +111,8 @@ class Config:
     batch_size: int = 16  # images a training step [author], of all processes of torchrun together
     iters: int = 5000  # training steps of the detector [author]
     lr: float = 2e-3  # AdamW learning rate, x 0.2 at 80 % of the steps [author]
-    # checkpoint of cnc.py: CADA aligns the CNC in it in place of RevDist, and trains no detector
+    # checkpoint of cnc.py: CADA aligns the CNC in it in place of RevDist, trains no detector, and
+    # takes over its seed, its images held out and its weights
     cnc: str = ""
 
     # train (and evaluate), evaluate a checkpoint, or predict: score images of unknown label
@@ -977,10 +978,12 @@ def load_weights(detector: nn.Module, checkpoint: dict) -> None:
     is not the one that the checkpoint was trained with."""
     for name, part in detector.named_children():  # teacher, student, ...
         weights = checkpoint["weights"][name]
-        if not isinstance(weights, float):
+        stored = isinstance(weights, dict)
+        if name == "teacher" and stored != part.random or not stored and not math.isclose(
+                weights, fingerprint(part), rel_tol=1e-6):
+            raise UserError("--weights: not the teacher of the training; give the same weights")
+        if stored:
             part.load_state_dict(weights)
-        elif not math.isclose(weights, fingerprint(part), rel_tol=1e-6):
-            raise UserError("--weights: another teacher than in training; give the same file")
 # ==== end shared
 
 

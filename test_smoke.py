@@ -1113,7 +1113,8 @@ def test_threshold_comes_from_images_kept_back(data, trained, capsys):
 
 
 @BOTH
-def test_good_images_and_a_teacher_from_a_file(script, tree, tmp_path, monkeypatch, capsys):
+def test_good_images_and_a_teacher_from_a_file(script, tree, trained, tmp_path, monkeypatch,
+                                               capsys):
     """Good images are enough to train and predict. A teacher's weights are read from their file
     each time; the checkpoint knows their fingerprint."""
     def write_weights(seed):
@@ -1134,8 +1135,10 @@ def test_good_images_and_a_teacher_from_a_file(script, tree, tmp_path, monkeypat
     words = ["predict", "a/train/good/000.png", "--out", tmp_path / "out"]
     assert run(script, *words) == 0
 
-    # Another network in the file is noticed, and so is no file.
+    # Another network in the file is noticed, and so is no file, or any in place of a random one.
     monkeypatch.chdir(tmp_path)
+    random = ["eval", "--checkpoint", trained[script].checkpoint, "--out", tmp_path]
+    assert run(script, *random, "--weights", "weights.pt") == 2
     Path("weights.pt").unlink()
     words = ["predict", tree / "a/train/good/000.png", "--out", tmp_path / "out"]
     for _ in ("no file", "another network"):
