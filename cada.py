@@ -2,7 +2,7 @@ r"""CADA: one detector, one threshold, no class labels (arXiv:2404.00724), on Re
 
 Guo, Han, Lu, Zhang, Li. Absolute-Unified Multi-Class Anomaly Detection via Class-Agnostic
 Distribution Alignment, 2024. This is a reconstruction from public facts, and every choice says
-where it comes from: [paper] is stated in the paper's abstract, captions or results; [author] was
+where it comes from: [paper] is stated in the paper's abstract, captions or settings; [author] was
 seen in public code of its first author (github.com/guojiajeremy/ReContrast); [ours] is a reading of
 ours. D1, D2, ... number our readings in the README's list of departures.
 
@@ -99,9 +99,9 @@ from tyro.conf import Positional
 class Config:
     """Train and evaluate CADA on RevDist, evaluate a checkpoint again, or score images with it.
 
-    The defaults are for MVTec AD and VisA. They train RevDist as CADA's first author trains a
-    sibling of it in public code [author]. On data/demo a smaller teacher and fewer steps replace
-    them. With a checkpoint, its settings are the defaults instead.
+    The defaults are for MVTec AD and VisA. They train RevDist as CADA's first author trains
+    ReContrast, a sibling of it, in public code [author]. On data/demo a smaller teacher and fewer
+    steps replace them. With a checkpoint, its settings are the defaults instead.
     """
 
     teacher: str = "wide_resnet50_2"  # frozen ResNet of torchvision's; this one is RD's
@@ -211,7 +211,7 @@ def residual_stage(resnet: ResNet, in_channels: int, planes: int, depth: int,
     width, or doubles them if `up`:
     (B, in_channels, H, W) -> (B, planes * expansion, H/2, W/2 or 2H, 2W).
 
-    Only the first block differs from torchvision's, and only in two layers:
+    Without `up` this is torchvision's own stage. With `up` two layers of its first block differ:
 
                                  down (torchvision's own)   up (the mirror image)
         shortcut                 1x1, stride 2              2x2 transposed, stride 2
@@ -265,8 +265,8 @@ class Student(nn.Module):
         self.fuse2 = halve(c2, c3)
         self.bottleneck = residual_stage(layout, 3 * c3, 512, len(layout.layer4), up=False)
 
-        # The numbers of blocks run 3, 4, 6 as in the encoder: decode3, the first to run, has as
-        # many as layer1, not as layer3. That is how RD's code has it.
+        # The numbers of blocks run as in the encoder (3, 4, 6 for wide_resnet50_2): decode3, the
+        # first to run, has as many as layer1, not as layer3. That is how RD's code has it.
         self.decode3 = residual_stage(layout, 2 * c3, 256, len(layout.layer1), up=True)
         self.decode2 = residual_stage(layout, c3, 128, len(layout.layer2), up=True)
         self.decode1 = residual_stage(layout, c2, 64, len(layout.layer3), up=True)
@@ -328,7 +328,7 @@ class RevDist(nn.Module):
     def forward(self, features: list[Tensor]) -> Tensor:
         """The loss: the sum over three layers of 1 - cosine, a scalar in 0..6.
 
-        A layer of an image is one long vector, so a position counts by the length of its features.
+        A layer of an image is one long vector, so a position counts by the norms of its features.
         [author] In the anomaly map all positions count alike; a loss that treats them alike, too,
         gave the same result within the spread of seeds.
         """
@@ -364,7 +364,7 @@ class RevDist(nn.Module):
 
 # ---- CADA ----------------------------------------------------------------------------------------
 # Take u and gamma of each normal map; learn to predict them from the features of the image; rescale
-# maps by what is predicted. Nothing below knows of RevDist.
+# maps by what is predicted. Nothing in this section knows of RevDist.
 
 # Chosen by trial, on a few small sets. [ours] D5
 COMPONENTS = 256  # principal components of the features that the regression reads
@@ -372,7 +372,7 @@ PENALTIES = np.logspace(-4, 2, 13)  # on the square of its weights; it chooses o
 MOST_IMAGES = 4000  # that CADA learns from; memory grows with the square of this number
 # [ours] D6
 ROUNDS = 5  # regressions, each on the levels that the one before has found
-WITHIN = 0.25  # variance that may be left within a level; the regression's errors have 2
+WITHIN = 0.25  # mean variance within levels, in units in which the regression's errors have 2
 LEAST_ERROR = 0.01  # a smaller error counts as this one: to alignment 1 % is as good as exact
 
 
@@ -398,14 +398,14 @@ def log_statistics(statistics: Tensor) -> Tensor:
 
 
 def direction(features: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Pooled features (N, C) -> unit vectors (N, C): standardised, or the largest channels would
+    """Pooled features (N, F) -> unit vectors (N, F): standardised, or the largest channels would
     decide alone; clamped, so that no single channel can; and without length, so that the size of a
     defect counts for less. [ours] D4"""
     return F.normalize(((features.float() - mean) / std).clamp(-3, 3))
 
 
 def fit_regression(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The paper's regression, y = x weight + bias, from features (N, P) to logarithms (N, 2).
+    """The regression, y = x weight + bias, from features (N, P) to logarithms (N, 2).
 
     That a regression predicts u and gamma is [paper]; that it is linear, with a penalty for each
     column of y, is [ours] D5. Returns weight (P, 2), bias (2,) and `unseen` (N, 2): what a fit on
@@ -415,7 +415,8 @@ def fit_regression(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray
                     store_cv_results=True)
     ridge.fit(x, y)
     chosen = np.searchsorted(PENALTIES, ridge.alpha_)  # (2,)
-    unseen = ridge.cv_results_[:, [0, 1], chosen]  # of (N, 2, penalties)
+    # With a `scoring` given, cv_results_ holds leave-one-out predictions, (N, 2, penalties).
+    unseen = ridge.cv_results_[:, [0, 1], chosen]
     return ridge.coef_.T, ridge.intercept_, unseen
 
 
@@ -425,9 +426,9 @@ def find_levels(unseen: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarr
     unseen: its predictions (N, 2); y: the images' own log_statistics (N, 2). Returns the level of
     each image (N,), numbers from 0 on, and the regression's error (2,), a standard deviation.
 
-    The error is measured against y in every round, although later rounds learn other targets. These
-    are ever easier to predict: measured against them, the error would shrink, and the levels would
-    be cut ever finer. Near duplicates, such as frames of a video, do the same: leave them out.
+    The error is measured against y in every round: later targets are easier to predict, so their
+    error would shrink and cut the levels ever finer. Near duplicates, such as frames of a video,
+    shrink it too: keep them out of the training images.
     """
     error = np.maximum((y - unseen).std(0), LEAST_ERROR)
 
@@ -449,8 +450,8 @@ def medians(values: Tensor, level: np.ndarray) -> Tensor:
 
 @dataclass
 class CADA:
-    """Predict (u, gamma), the mean and the typical maximum of anomaly maps of *normal* images of an
-    image's class, from its frozen features; then normalise its map by them. [paper]
+    """Predict (u, gamma), the mean and the maximum of anomaly maps of *normal* images of an image's
+    class [paper], from its frozen features [ours] D4. gamma is the typical maximum of one map.
 
     The paper calls the predictor a regression. But a defect that moves the features moves what a
     regression predicts. So we let the prediction snap [ours] D6: on normal images the predictions
@@ -464,11 +465,11 @@ class CADA:
     CADA knows nothing of the detector. It needs pooled features, and maps above 0.
     """
 
-    mean: Tensor  # (C,) of the training images' pooled features
-    std: Tensor  # (C,) their standard deviation; infinite for a channel that says nothing
-    first_weight: Tensor  # (C, 2) of the first round: the regression alone
+    mean: Tensor  # (F,) of the training images' pooled features
+    std: Tensor  # (F,) their standard deviation; infinite for a channel that says nothing
+    first_weight: Tensor  # (F, 2) of the first round: the regression alone
     first_bias: Tensor  # (2,)
-    weight: Tensor  # (C, 2) of the last round
+    weight: Tensor  # (F, 2) of the last round
     bias: Tensor  # (2,)
     error: Tensor  # (2,) standard deviation of the last round's errors on unseen images
     centres: Tensor  # (k, 2) of the levels: median predictions of log u and log(gamma - u)
@@ -477,7 +478,7 @@ class CADA:
     @classmethod
     def fit(cls, features: Tensor, statistics: Tensor, seed: int = 0) -> CADA:
         """Learn from 10 or more normal images, of which the seed draws MOST_IMAGES at most: pooled
-        features (N, C) and map_statistics (N, 2) of raw maps, on the CPU. No label is used."""
+        features (N, F) and map_statistics (N, 2) of raw maps, on the CPU. No label is used."""
         rows = np.random.default_rng(seed).permutation(len(features))[:MOST_IMAGES]
         features = features[rows].float()
         statistics = statistics[rows].double()
@@ -487,31 +488,34 @@ class CADA:
         std[std <= std.median() / 1000] = torch.inf
         x = direction(features, mean, std).double().numpy()
         pca = PCA(min(COMPONENTS, len(x) // 2, x.shape[1]), random_state=seed).fit(x)
-        components = pca.components_.T  # (C, P)
-        x = x @ components  # (N, P)
+        components = pca.components_.T  # (F, P)
+        x = x @ components  # (N, P), not centred: the bias takes that up
 
         y = log_statistics(statistics).numpy()
         first_weight, first_bias, unseen = fit_regression(x, y)
         for _ in range(ROUNDS - 1):
             level, _ = find_levels(unseen, y)
-            targets = log_statistics(medians(statistics, level)).numpy()  # (k, 2)
+            # Of each level the logarithms of what predict() would return, (k, 2).
+            targets = log_statistics(medians(statistics, level)).numpy()
             weight, bias, unseen = fit_regression(x, targets[level])
         level, error = find_levels(unseen, y)
 
-        # A new image is unseen, too. So its prediction by the fit on all images may be compared
-        # with levels of predictions each of which is by a fit on all images but one.
-        learned = (components @ first_weight, first_bias, components @ weight, bias, error,
-                   medians(torch.from_numpy(unseen), level), medians(statistics, level))
-        return cls(mean, std, *[torch.as_tensor(value).float() for value in learned])
+        # Centres are medians of leave-one-out predictions: a new image is unseen, too.
+        learned = {"first_weight": components @ first_weight, "first_bias": first_bias,
+                   "weight": components @ weight, "bias": bias, "error": error,
+                   "centres": medians(torch.from_numpy(unseen), level),
+                   "statistics": medians(statistics, level)}
+        learned = {name: torch.as_tensor(value).float() for name, value in learned.items()}
+        return cls(mean, std, **learned)
 
     def regress(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """By the regression alone, the first round: (N, C) -> u (N,) and gamma (N,)."""
+        """By the regression alone, the first round: (N, F) -> u (N,) and gamma (N,)."""
         logs = direction(features, self.mean, self.std) @ self.first_weight + self.first_bias
         u, contrast = logs.exp().unbind(1)
         return u, u + contrast
 
     def predict(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, C) -> u (N,) and gamma (N,), gamma > u: those of the level whose centre is nearest to
+        """(N, F) -> u (N,) and gamma (N,), gamma > u: those of the level whose centre is nearest to
         what the regression predicts, in units of its error."""
         logs = direction(features, self.mean, self.std) @ self.weight + self.bias
         nearest = torch.cdist(logs / self.error, self.centres / self.error).argmin(1)
@@ -522,8 +526,8 @@ class CADA:
 def normalise(maps: Tensor, u: Tensor, gamma: Tensor) -> Tensor:
     """A' = (A - u) / (gamma - u), image by image: (N, H, W), (N,), (N,) -> (N, H, W). [author]
 
-    0 is the mean of normal maps of the class and 1 their typical maximum, whatever the class is:
-    about half of normal maps exceed 1.
+    0 is the mean of normal maps of the class and 1 their typical maximum, whatever the class is.
+    About half of normal maps exceed 1 before the blur, and fewer after it.
     """
     u = u[:, None, None]
     gamma = gamma[:, None, None]
@@ -555,7 +559,8 @@ def image_score(maps: Tensor) -> Tensor:
 
 
 def conformal_threshold(scores: Tensor, quantile: float = 0.99) -> float:
-    """The ceil((n + 1) quantile)-th smallest of the scores of n normal images, or the largest.
+    """The ceil((n + 1) quantile)-th smallest of the scores of n normal images, or the largest if
+    there are fewer.
 
     A new normal image like these lies above it with a probability of at most 1 - quantile, if n is
     large enough (99 for 0.99) and nothing has learned from these n. (In cada.py CADA has, and the
@@ -563,7 +568,7 @@ def conformal_threshold(scores: Tensor, quantile: float = 0.99) -> float:
     """
     n = len(scores)
     rank = min(math.ceil((n + 1) * quantile), n)  # the + 1 counts the new image among the n
-    return scores.sort().values[rank - 1].item()
+    return scores.kthvalue(rank).values.item()
 # ==== end shared
 
 
@@ -671,8 +676,8 @@ def calibrate(cfg: Config, detector: nn.Module, normal: list[Sample], held: list
     raw = torch.cat(scores)  # (N,)
 
     cada = CADA.fit(features, statistics, cfg.seed)
-    # The oracle, Fig. 4(a) of the paper, knows the label: class means over these images. CADA
-    # never reads it. [ours] D7
+    # The oracle, our reading of Fig. 4(a) [ours] D7, knows the label: class means over these
+    # images. CADA never reads it.
     classes = np.array([s.cls for s in normal])
     oracle = {str(c): statistics[classes == c].mean(0) for c in np.unique(classes)}
 
@@ -738,13 +743,14 @@ def plot_distributions(cfg: Config, samples: list[Sample], scores: dict, results
             # The colours are Okabe and Ito's, which colour-blind readers tell apart too.
             ax.eventplot([normal, anomalous], lineoffsets=[line - 0.2, line + 0.2],
                          linelengths=0.35, colors=["#0072B2", "#D55E00"], alpha=0.7)
-        ax.axvline(threshold, color="black", linestyle="--")
+        limit = ax.axvline(threshold, color="black", linestyle="--")
         auroc = results[variant]["pooled"].get("I-AUROC", math.nan)
         ax.set_title(f"{variant}: pooled I-AUROC {auroc:.1%}")
         ax.set_xlabel("image score")
     panels[0].set_ylim(len(names) - 0.5, -0.5)  # of both panels; downwards
     panels[0].set_yticks(range(len(names)), [name[:14] for name in names], parse_math=False)
-    figure.legend(["normal", "anomalous", "threshold"], loc="outside lower center", ncols=3)
+    figure.legend([*panels[0].collections[:2], limit], ["normal", "anomalous", "threshold"],
+                  loc="outside lower center", ncols=3)
     figure.savefig(Path(cfg.out, "distributions.png"), dpi=150, bbox_inches="tight")
 
 
@@ -804,9 +810,9 @@ def estimate_statistics(teacher: Teacher, batches: Iterable) -> None:
 
 
 def adopt_cnc(cfg: Config) -> dict:
-    """The checkpoint of cnc.py that --cnc names, as the start of one of ours. The seed and the
-    share held out become CNC's, so that the images kept back are those that CNC has not seen.
-    Raises UserError if there is none, or its training has not finished."""
+    """The checkpoint of cnc.py that --cnc names, as the start of one of ours. Seed, held-out share
+    and weights become CNC's, so that the images kept back are those that CNC has not seen. Raises
+    UserError if there is none, or its training has not finished."""
     checkpoint = read_checkpoint(cfg.cnc, "cnc.py")
     if not checkpoint["thresholds"]:
         raise UserError(f"--cnc {cfg.cnc}: its training has not finished; --resume it by cnc.py")
@@ -836,11 +842,11 @@ def build_cnc(cfg: Config, checkpoint: dict) -> nn.Module:
 
 def hold_out(cfg: Config, samples: list, checkpoint: dict | None) -> tuple[list, list]:
     """Indices of the normal images to train on, and of those kept back at random for the threshold,
-    because the decoder knows the former too well. With --holdout 0 both are all images, and the
-    threshold comes out too low. [ours] D9
+    because the decoder knows its training images too well. With --holdout 0 both are all images,
+    and the threshold comes out too low. [ours] D9
 
-    Raises UserError if a checkpoint was trained on other images: then some of those kept back now
-    may not have been kept back before.
+    Raises UserError if a checkpoint was trained on other images: it may have been trained on images
+    that are kept back now.
     """
     kept = held = list(range(len(samples)))
     if cfg.holdout > 0:
@@ -862,11 +868,11 @@ def names_in_data(cfg: Config, samples: list) -> list:
 
 
 def shuffled_batches(cfg: Config, n: int, steps: int) -> list:
-    """The batches of a whole training run as lists of indices below n, epoch after epoch. The seed
-    alone decides them, so a resumed run goes on with the batches that it would have had."""
+    """The batches of a whole training run as lists of indices below n, epoch after epoch. They
+    follow from the settings, so a resumed run goes on with the batches that it would have had."""
     size = cfg.batch_size // WORLD_SIZE
-    # Each process of torchrun has an order of its own. Neighbours are of one class, so with one
-    # order for all, a step would see little more than one class.
+    # Each process of torchrun has an order of its own: with --holdout 0 neighbours are of one
+    # class, and one order for all processes would fill a step with it.
     generator = torch.Generator().manual_seed(cfg.seed + RANK)
     order = []  # a batch may take the last images of an epoch and the first ones of the next
     while len(order) < steps * size:
@@ -879,9 +885,9 @@ def teacher_features(cfg: Config, detector: nn.Module, samples: list, batches: l
     once [ours] D2, or with --no-cache anew for every batch.
 
     Training uses no augmentation, so every epoch would compute the same again. Each of the three
-    features stays as one float16 array (N, ...) in an unnamed file in --out, of which the system
-    keeps in memory what fits. The files disappear with the process, even a killed one. Raises
-    UserError if the disk is full.
+    features stays as one float16 array (N, ...) in an unnamed file in --out; the system keeps in
+    memory what fits. The files disappear with the process, even a killed one. Raises UserError if
+    the disk is full.
     """
     if not cfg.cache:
         for x in image_batches(cfg, detector, samples, batches):
@@ -899,7 +905,7 @@ def teacher_features(cfg: Config, detector: nn.Module, samples: list, batches: l
             except OSError as e:
                 raise UserError(f"no room in --out for the cache: {e}; use --no-cache")
     arrays = []
-    for file, f in zip(files, features):
+    for file, f in zip(files, features):  # f, of the last batch, has the shape of all
         shape = (len(samples), *f.shape[1:])
         arrays.append(np.memmap(file, np.float16, "r", shape=shape))
     for rows in batches:
@@ -920,12 +926,12 @@ def describe_images(cfg: Config, detector: nn.Module, samples: list) -> Iterator
 
 
 def save_checkpoint(cfg: Config, detector: nn.Module, samples: list, checkpoint: dict) -> None:
-    """Write checkpoint.pt, whole or not at all, and remove what an earlier run left in --out and
-    what does not belong to it. It holds plain values and tensors:
+    """Write checkpoint.pt, whole or not at all, and remove the tables and pictures of an earlier
+    run from --out. A checkpoint holds plain values and tensors:
 
         script, config     who wrote it, with which settings
-        weights            a state_dict for each part of the detector; of a trained teacher, which
-                           need not be stored again, only a fingerprint
+        weights            a state_dict for each part of the detector; of a trained teacher only a
+                           fingerprint, since its own file holds the rest
         images             what it was trained on: names of the samples
         step, optimizer    to go on from
         thresholds, means  by variant, see calibrate; {} before the training is finished
@@ -978,7 +984,7 @@ def load_weights(detector: nn.Module, checkpoint: dict) -> None:
     is not the one that the checkpoint was trained with."""
     for name, part in detector.named_children():  # teacher, student, ...
         weights = checkpoint["weights"][name]
-        stored = isinstance(weights, dict)
+        stored = isinstance(weights, dict)  # else it is a fingerprint
         if name == "teacher" and stored != part.random or not stored and not math.isclose(
                 weights, fingerprint(part), rel_tol=1e-6):
             raise UserError("--weights: not the teacher of the training; give the same weights")
@@ -1008,7 +1014,7 @@ class Sample:
 
 def files_in(folder: Path, pattern: str) -> list:
     """The files that match, in name order, without hidden ones. A * follows links to folders, and
-    ** does not, since it might never end."""
+    ** does not."""
     files = []
     for path in sorted(folder.glob(pattern)):
         hidden = "/." in f"/{path.relative_to(folder).as_posix()}"
@@ -1073,7 +1079,7 @@ def read_mvtec(root: Path) -> tuple[list, list]:
     single = (root / "train").is_dir() or (root / "test").is_dir()
     found = {"train": {}, "test": {}, "ground_truth": {}}
     for path in filter(is_image, files_in(root, "*/*/*" if single else "*/*/*/*")):
-        cls, part, kind, _ = path.parts[-4:]
+        cls, part, kind, _ = path.parts[-4:]  # of a single class cls is the root's name
         name = (cls, kind, path.stem.removesuffix("_mask"))
         if part not in found or part == "train" and kind.lower() not in GOOD:
             continue
@@ -1151,7 +1157,7 @@ def load_image(path: Path) -> Image.Image:
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     image = image.convert("RGB")
     brightest = np.max(image.getextrema())
-    if brightest < 16:  # 12 bits in 16 reach 15
+    if brightest <= 16:  # 12 bits in 16 reach 4095 / 257, rounded 16
         raise UserError(f"{path}: is nearly black, its brightest value is {brightest} of 255; "
                         "stretch its values, or remove it")
     return image
@@ -1160,10 +1166,10 @@ def load_image(path: Path) -> Image.Image:
 def load_mask(path: Path) -> Image.Image:
     """A mask as a black and white image. Raises UserError if it cannot be read.
 
-    Defective is what is not 0, since VisA's masks hold numbers from 1 to 9, and others colours of a
-    palette. But where there are values above 127, as in MVTec AD's, these alone, since blur and
-    JPEG leave small ones around. A colour counts by its brightest channel, and what is transparent
-    is black. [ours] D10
+    Every value above 0 is defective: VisA's masks hold 1 to 9, others the colours of a palette. But
+    if a mask without a palette has values above 127, as MVTec AD's have, only those count: blur and
+    JPEG leave small ones. A colour counts by its brightest channel, and what is transparent is
+    black. [ours] D10
     """
     image = open_image(path)
     rgba = np.asarray(image.convert("RGBA"))  # (height, width, 4)
@@ -1188,8 +1194,8 @@ def load_masks(samples: list, size: int) -> np.ndarray:
 
 @dataclass
 class Images(Dataset):
-    """The samples as preprocessed images, uint8 (3, S, S) each: workers send a quarter of what
-    float32 would take of the shared memory, of which a container has little."""
+    """The samples as preprocessed images, uint8 (3, S, S) each. uint8 takes a quarter of float32's
+    shared memory, and a container has little."""
 
     preprocess: Compose
     samples: list
@@ -1200,7 +1206,7 @@ class Images(Dataset):
 
 def image_batches(cfg: Config, detector: nn.Module, samples: list,
                   batches: list | None = None) -> Iterator:
-    """Yield preprocessed images (B, 3, S, S) on the detector's device: these batches of indices, or
+    """Yield standardised images (B, 3, S, S) on the detector's device: these batches of indices, or
     if there are none all samples in order."""
     if batches is None:
         batches = [rows.tolist() for rows in torch.arange(len(samples)).split(cfg.batch_size)]
@@ -1230,10 +1236,10 @@ def ranking_metrics(kind: str, scores: np.ndarray, positive: np.ndarray) -> dict
     """<kind>-AUROC, <kind>-AP and <kind>-F1max in 0..1 of scores with bool labels of the same
     shape; for pixels, kind "P", (N, H, W), also AUPRO. {} if all labels are equal.
 
-    Exact: every distinct score is a threshold. But only at the scores of positives, few among
-    pixels, does the true-positive rate change. So each of these gives two points of the ROC curve,
-    one with the threshold just above it and one with the threshold at it, and all that lies between
-    is straight. Four images, positives scored 9 and 4, negatives 6 and 1:
+    Exact: every distinct score is a threshold. But the true-positive rate changes only at scores of
+    positives, and few pixels are positive. So each distinct score of a positive gives two points of
+    the ROC curve, one with the threshold just above it and one with the threshold at it, and all
+    that lies between is straight. Four images, positives scored 9 and 4, negatives 6 and 1:
 
         threshold     9   4
         tp_above      0   1     positives above it
@@ -1327,15 +1333,16 @@ def report(cfg: Config, samples: list, size: int, variants: Iterable, decides: s
     """Print and write how well the maps of some variants tell good from defective samples. Returns
     image scores (N,) and metrics, both by variant.
 
-    variants: pairs of a name and maps (N, size, size), one after the other, since maps are large;
-    `decides` names the one whose threshold flags images. No threshold comes from test labels; only
-    F1max says what the best one would have been.
+    variants: an iterator of pairs, a name and maps (N, size, size), so that few maps are in memory
+    at once; `decides` names the one whose threshold flags images. No threshold comes from test
+    labels; only F1max says what the best one would have been.
     """
     labels = np.array([s.label for s in samples])
     classes = np.array([s.cls for s in samples])
     masks = load_masks(samples, size)
     # Pictures show the last good and the last defective image of each class: not picked by hand.
-    shown = list({(s.cls, s.label): i for i, s in enumerate(samples)}.values())[:2 * MOST_CLASSES]
+    last = {(s.cls, s.label): i for i, s in enumerate(samples)}
+    shown = [last[key] for key in sorted(last)][:2 * MOST_CLASSES]
     scores = {}
     results = {}
     pictures = {}
@@ -1361,7 +1368,8 @@ def report(cfg: Config, samples: list, size: int, variants: Iterable, decides: s
         for s, is_flagged, *values in zip(samples, flagged, *scores.values()):
             writer.writerow([s.path, s.cls, s.label, is_flagged, *values])
     # Everything needed to quote a number: settings, thresholds, metrics in 0..1.
-    content = {"config": asdict(cfg), "thresholds": checkpoint["thresholds"], "results": results}
+    content = {"config": asdict(cfg), "cnc": checkpoint.get("cnc"),
+               "thresholds": checkpoint["thresholds"], "results": results}
     Path(cfg.out, "metrics.json").write_text(json.dumps(content, indent=2))
     plot_heatmaps(cfg, [samples[i] for i in shown], masks[shown], pictures, checkpoint)
     return scores, results
@@ -1388,7 +1396,7 @@ def heat(maps: Tensor, mean: float, threshold: float) -> np.ndarray:
 
 def plot_heatmaps(cfg: Config, samples: list, masks: np.ndarray, pictures: dict,
                   checkpoint: dict) -> None:
-    """A column an image. Below it the ground truth, and its maps, of the variants that have a
+    """Each column shows one image, its ground truth, and its map by each variant that has a
     threshold."""
     size = masks.shape[-1]
     rows = {"image": [load_image(s.path).resize((size, size)) for s in samples],
@@ -1471,8 +1479,8 @@ UNDER_TORCHRUN = distributed.is_torchelastic_launched()
 RANK = int(os.environ["RANK"]) if UNDER_TORCHRUN else 0
 WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if UNDER_TORCHRUN else 1
 
-# Settings that may differ from those that a checkpoint was trained with. All others shape the
-# detector or its threshold.
+# Settings that eval, predict and --resume may change. With another value of any other setting, the
+# checkpoint would not fit, or not mean the same.
 FREE = ("command", "paths", "data", "out", "device", "weights", "batch_size", "iters", "epochs",
         "lr", "cache", "workers", "checkpoint", "resume")
 
@@ -1485,8 +1493,8 @@ def read_command_line(argv: list | None) -> tuple[Config, dict | None]:
     """The settings, and the checkpoint if one is to be read. Raises UserError if it cannot be, or
     for settings that are impossible.
 
-    tyro makes a flag of each field of Config, and its help of the comment beside it. A flag goes
-    before everything. Settings without a flag come from
+    tyro makes a flag of each field of Config, and its help of the comment beside it. A flag
+    overrides everything. Settings without a flag come from
 
         train, on data/demo       DEMO, and for the rest the defaults of Config
         train, on other data      the defaults of Config
@@ -1498,7 +1506,7 @@ def read_command_line(argv: list | None) -> tuple[Config, dict | None]:
     checkpoint = None
     if cfg.command == "train" and not cfg.resume:
         root = HERE / "data/demo"
-        for name in ("visa", "mvtec"):
+        for name in ("visa", "mvtec"):  # mvtec goes before visa
             if (HERE / "data" / name).is_dir():
                 root = HERE / "data" / name
         defaults = Config(data=str(root))
@@ -1518,7 +1526,7 @@ def read_command_line(argv: list | None) -> tuple[Config, dict | None]:
                                 f"{value}; drop the flag, or train anew")
         if cfg.command != "train" and not checkpoint["thresholds"]:
             raise UserError("the checkpoint's training has not finished: --resume it")
-    # The checkpoint must find both again from any folder.
+    # Data and weights must be found again from any folder.
     cfg.data = os.path.abspath(cfg.data)
     if os.path.isfile(cfg.weights):
         cfg.weights = os.path.abspath(cfg.weights)
@@ -1579,7 +1587,8 @@ def main(argv: list | None = None) -> int:
     except torch.OutOfMemoryError:
         error = "the GPU's memory is full; lower --batch-size"
     except (UserError, OSError) as e:  # a missing or unwritable file's own message names it
-        error = str(e).rsplit("UserError: ", 1)[-1]  # of a loader's worker the end of its traceback
+        # A DataLoader's worker sends its traceback; the message is the end of it.
+        error = str(e).rsplit("UserError: ", 1)[-1]
     print(f"{SCRIPT}: error:", *error.split(), file=sys.stderr)  # in one line
     return code
 

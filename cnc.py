@@ -13,13 +13,13 @@ decoder so many kinds of patches that it reproduces anomalies too ("over-general
 guides the decoded features towards learnable prompts that mean "normal", whatever the class. And it
 sends each patch through 2 of 5 experts, so that patches of different kinds disturb each other less.
 
-How text helps. CLIP has a joint space, in which images and texts can be compared. There t_n is the
-vector of the normal prompt and t_a that of the abnormal one. The margin of a patch says how much
-nearer it is to t_n than to t_a, and psi in 0..1 says how normal that is. The *constraint* moves
-decoded patches towards t_n, if their margin is unusually low. The *promotion* adds
-a = psi (t_n - t_a) to a patch e and to its decoded version d: the larger psi, the more
+How text helps, as we read it [ours] D15, [ours] D17. CLIP has a joint space of images and texts.
+There t_n is the vector of the normal prompt and t_a that of the abnormal one. The margin of a patch
+says how much nearer it is to t_n than to t_a, and psi in 0..1 says how normal that is. The
+*constraint* moves decoded patches towards t_n, if their margin is unusually low. The *promotion*
+adds a = psi (t_n - t_a) to a patch e and to its decoded version d: the larger psi, the more
 cos(e + a, d + a) exceeds cos(e, d). So what the decoder gets wrong about patches that look normal
-counts for less. Text without meaning does this at random.
+counts for less. If the text means nothing, it picks these patches at random.
 
 A "tap" is a block of CLIP whose output is read and must be reproduced.
 
@@ -49,8 +49,8 @@ From paper to code:
     tau = 0.001 [paper]                            temperature in CNC.constraint; role: [ours] D17
     theta = 5 [paper]                              epochs of warm-up in train; role: [ours] D18
     distillation by cosine [paper]                 CNC.distance; by patches: [ours] D16
-    joint space of image and text                  Teacher.joint; for all taps: [ours] D12
-    anomaly map M [paper]                          CNC.describe, image_score; details: [ours] D20
+    joint space of image and text [ours] D12       Teacher.joint
+    anomaly map M of cosines [paper]               CNC.describe, image_score; details: [ours] D20
 
 Read it from the top. Down to the appendix it is the paper: the method, in the order in which an
 image passes through it, then training and evaluation. The appendix is what any such script needs.
@@ -119,16 +119,16 @@ class Config:
     # OpenAI's weights want a name that ends in -quickgelu
     teacher: str = "ViT-L-14-336-quickgelu"
     weights: str = "openai"  # of the teacher [paper]: open_clip tag, file, or none: random
-    # sides in pixels of the square that images are squashed to [paper], a multiple of the teacher's
-    # patch; 128 for tiny
+    # sides in pixels of the square [paper] that images are squashed to [ours] D3, a multiple of the
+    # teacher's patch; give 128 for tiny
     image_size: int = 336
     batch_size: int = 8  # images a training step [paper], of all processes of torchrun together
     epochs: int = 250  # passes over the training images [paper]; for VisA give 200 [paper]
     lr: float = 1e-3  # Adam learning rate [paper]
     experts: int = 5  # experts of the gated mixture [paper]
     top_k: int = 2  # experts that each token uses [paper]
-    # first epochs, in which the prompts learn and the decoder is not yet guided [paper], meaning
-    # [ours] D18; the distillation runs from the start
+    # warm-up: first epochs, in which the prompts learn and the decoder is not yet guided [paper],
+    # meaning [ours] D18
     theta: int = 5
     tau: float = 0.001  # temperature of the constraint [paper], role [ours] D17
     moe: bool = True  # gated mixture of experts; --no-moe: one expert for all tokens
@@ -174,7 +174,7 @@ DEMO = {"teacher": "tiny", "weights": "none", "image_size": 128, "epochs": 30, "
 # is normal.
 
 class Teacher(nn.Module):
-    """CLIP, both towers: no gradients into its weights, always in eval mode. [paper]
+    """CLIP [paper], both towers: no gradients into its weights, always in eval mode.
 
     forward: (B, 3, S, S) -> for each of three taps (B, 1 + N, C): the CLS token, which stands for
     the whole image, then the patches row by row. The taps are the blocks at one third, two thirds
@@ -206,18 +206,15 @@ class Teacher(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def raw_tokens(self, x: Tensor) -> list[Tensor]:
-        """CLIP's own tokens at each tap, (B, 1 + N, C)."""
+    def forward(self, x: Tensor) -> list[Tensor]:
         # open_clip's own way to intermediate blocks; it counts them from 0, and stops at the last.
         with autocast(x, torch.float16):
             found = self.clip.visual.forward_intermediates(
                 x, indices=[tap - 1 for tap in self.taps], stop_early=True,
                 intermediates_only=True, output_fmt="NLC", output_extra_tokens=True)
-        tokens = zip(found["image_intermediates_prefix"], found["image_intermediates"])
-        return [torch.cat([cls, patches], dim=1) for cls, patches in tokens]
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        tokens = self.raw_tokens(x)
+        tokens = []
+        for cls, patches in zip(found["image_intermediates_prefix"], found["image_intermediates"]):
+            tokens.append(torch.cat([cls, patches], dim=1))
         if self.random:
             tokens = self.whitening(tokens)
         return [t.half() for t in tokens]
@@ -226,7 +223,7 @@ class Teacher(nn.Module):
         """P(f): tokens of any tap (..., C) -> unit vectors in the space shared with text (..., D).
 
         CLIP's own frozen head, though it was made for the CLS token of the last block [ours] D12. A
-        learned head under a cosine loss may collapse: to map all to one vector makes it zero.
+        learned head may collapse: one that maps everything to one vector has no loss.
         """
         return F.normalize(self.clip.visual.ln_post(tokens) @ self.clip.visual.proj, dim=-1)
 
@@ -236,8 +233,8 @@ class Teacher(nn.Module):
 # the only thing about text that learns here.
 
 class PromptLearner(nn.Module):
-    """Two learnable sentences for each tap, the same for all classes: no class name enters.
-    [paper] Their form is [ours] D13, after the template of AnomalyCLIP:
+    """Learnable sentences without a class name, the same for all classes [paper]; two for each tap,
+    in this form [ours] D13, after the template of AnomalyCLIP:
 
         normal    [V1] [V2] [V3] [V4] object.
         abnormal  [V1] [V2] [V3] [V4] damaged object.
@@ -300,7 +297,7 @@ class GatedMoE(nn.Module):
     y = sum over the chosen experts k of w_k expert_k(x), w = softmax of their gate scores. [port]
     """
 
-    def __init__(self, dim: int, num_experts: int = 5, top_k: int = 2) -> None:
+    def __init__(self, dim: int, num_experts: int, top_k: int) -> None:
         super().__init__()
         # A linear gate, one score an expert. [port]
         self.gate = nn.Linear(dim, num_experts)
@@ -380,8 +377,8 @@ def promote(v: Tensor, psi: Tensor, text: Tensor) -> Tensor:
 
     v: unit vectors (taps, B, N, D), psi (taps, B, N) in 0..1, text (taps, 2, D). Returns
     (taps, B, N, D), not normalised, since the cosine that follows does that. Encoded and decoded
-    patch gain the same vector, so mostly the angle between them shrinks, the more so the more
-    normal the text finds the patch. That CNC has a promotion is [paper], its form [ours] D15.
+    patch gain the same vector, so mostly the angle between them shrinks: most of all in patches
+    that the text finds normal. That CNC has a promotion is [paper], its form [ours] D15.
     """
     direction = text[:, 0] - text[:, 1]  # (taps, D)
     return v + psi[..., None] * direction[:, None, None]
@@ -427,7 +424,7 @@ class CNC(nn.Module):
 
     BALANCE_WEIGHT = 0.01  # [ours] D19
     # Decoded patches are guided only where the text finds them more abnormal than most normal ones:
-    # by more than one standard deviation. Chosen by trial: a random text then costs little.
+    # by more than one standard deviation. Chosen by trial: with it a random text costs little.
     SLACK = 1.0  # [ours] D17
 
     def __init__(self, cfg: Config) -> None:
@@ -485,9 +482,8 @@ class CNC(nn.Module):
         entropy of softmax(<v, [t_n, t_a]> / tau) against "normal", times tau. [paper] that there is
         a constraint, and the value of tau; its form is [ours] D17.
 
-        A softmax of two logits sees only their difference, the margin. We first take off what the
-        margin of a normal patch has at least: its mean less `slack` standard deviations. With
-        excess = margin - (mean - slack std),
+        A softmax of two logits sees only their difference, the margin. We first take off a floor
+        that most normal patches exceed, mean - slack std: with excess = margin - (mean - slack std)
 
             tau * cross entropy = tau * log(1 + exp(-excess / tau)),
 
@@ -501,12 +497,12 @@ class CNC(nn.Module):
         return self.cfg.tau * F.cross_entropy(logits.flatten(0, 2), normal)
 
     def forward(self, features: list[Tensor], warm_up: bool = False) -> Tensor:
-        """The loss: L = L_distillation + 0.01 L_balance, and L_prompts in the warm-up, L_constraint
-        after it; a scalar. The weights are [ours] D19.
+        """The loss, a scalar: L = L_distillation + 0.01 L_balance + (in the warm-up: prompt_loss;
+        after it: constraint). The weights are [ours] D19.
 
         In the warm-up the constraint reads *encoded* patches and teaches the prompts; after it, it
-        reads *decoded* patches [paper] and teaches the decoder, and the prompts are fixed. That
-        theta means this is [ours] D18.
+        reads *decoded* patches [paper] and teaches the decoder, and the prompts are fixed. This
+        meaning of theta is [ours] D18.
         """
         encoded, decoded, balance = self.decode(features)
         e = self.patches(encoded)
@@ -524,19 +520,19 @@ class CNC(nn.Module):
         return loss
 
     def prompt_loss(self, e: Tensor, text: Tensor) -> Tensor:
-        """What the prompts learn from encoded normal patches: to find them all alike. They are held
-        back by |text - start|^2, their distance to the words that they started as, which keeps
-        "damaged" damaged. [ours] D13"""
+        """What the prompts learn from encoded normal patches: to lift every margin that is below
+        the average so far. |text - start|^2, the distance to the words that they started as, holds
+        them back, and keeps "damaged" damaged. [ours] D13"""
         drift = (text - self.prompts.start).square().sum((1, 2)).mean()
         return self.constraint(e, text, slack=0.0) + drift
 
     def describe(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Teacher features -> (pooled (B, 2 * taps * C), raw anomaly map (B, S, S) in 0..2).
 
-        M = mean over taps of 1 - cos(e*, d*) of each patch, up-sampled [paper]. A token's value
-        belongs to the centre of its patch, hence no align_corners [ours] D20. The pooled features,
-        mean and standard deviation over patches, are for CADA: frozen features of the whole image
-        tell its class. [ours] D4
+        M = mean over taps of 1 - cos(e*, d*) of each patch, up-sampled. A map of 1 - cos is RD's
+        [paper], e* and d* are [ours] D15. A token's value belongs to the centre of its patch, hence
+        no align_corners [ours] D20. The pooled features, mean and standard deviation over patches,
+        are for CADA: frozen features of the whole image tell its class. [ours] D4
         """
         encoded, decoded, _ = self.decode(features)
         e = self.patches(encoded)  # (taps, B, N, D)
@@ -545,8 +541,6 @@ class CNC(nn.Module):
         grid = m.view(-1, 1, self.teacher.grid, self.teacher.grid)
         maps = F.interpolate(grid, (self.size, self.size), mode="bilinear")[:, 0]
 
-        if self.teacher.random:  # CADA wants to know classes, which whitening hides [ours] D21
-            encoded = self.teacher.whitening.undo(encoded)
         pooled = []
         for tokens in encoded:
             std, mean = torch.std_mean(tokens[:, 1:], dim=1)  # (B, C) each
@@ -579,7 +573,8 @@ def image_score(maps: Tensor) -> Tensor:
 
 
 def conformal_threshold(scores: Tensor, quantile: float = 0.99) -> float:
-    """The ceil((n + 1) quantile)-th smallest of the scores of n normal images, or the largest.
+    """The ceil((n + 1) quantile)-th smallest of the scores of n normal images, or the largest if
+    there are fewer.
 
     A new normal image like these lies above it with a probability of at most 1 - quantile, if n is
     large enough (99 for 0.99) and nothing has learned from these n. (In cada.py CADA has, and the
@@ -587,13 +582,14 @@ def conformal_threshold(scores: Tensor, quantile: float = 0.99) -> float:
     """
     n = len(scores)
     rank = min(math.ceil((n + 1) * quantile), n)  # the + 1 counts the new image among the n
-    return scores.sort().values[rank - 1].item()
+    return scores.kthvalue(rank).values.item()
 # ==== end shared
 
 
 # ---- training ------------------------------------------------------------------------------------
-# One loop runs two phases: first the prompts learn, then the decoder under their guidance. With
-# torchrun several processes train together, each on its share of the images.
+# The decoder learns from the first step on. In the warm-up the prompts learn too; after it they are
+# fixed and guide the decoder. With torchrun several processes train together, each on its share of
+# the images.
 
 def build(cfg: Config, checkpoint: dict | None) -> CNC:
     """The detector on its device, with the weights of a checkpoint if there is one."""
@@ -630,7 +626,7 @@ def train(cfg: Config, detector: CNC, samples: list[Sample], checkpoint: dict | 
     optimizer = torch.optim.Adam(parameters, cfg.lr, fused=True)  # Adam: [paper]; fused: faster
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
-        optimizer.param_groups[0]["lr"] = cfg.lr  # a flag goes before what the checkpoint says
+        optimizer.param_groups[0]["lr"] = cfg.lr  # a flag overrides the checkpoint
     # Under torchrun the gradient is the mean over all processes. After the warm-up the prompts have
     # none.
     engine = detector
@@ -644,7 +640,7 @@ def train(cfg: Config, detector: CNC, samples: list[Sample], checkpoint: dict | 
     detector.train()
     bar = tqdm(features, "training", steps, initial=start, disable=None)
     for step, encoded in enumerate(bar, start + 1):
-        # Dropout draws the same in a resumed run.
+        # Dropout draws the same in a resumed run: the hash of integers is always the same.
         torch.manual_seed(hash((cfg.seed, RANK, step - 1)))
         warm_up = step - 1 < cfg.theta * steps_an_epoch
         loss = engine(encoded, warm_up=warm_up)
@@ -741,7 +737,8 @@ def load_clip(cfg: Config) -> tuple[open_clip.CLIP, Callable]:
             # stop.
             with warnings.catch_warnings():
                 warnings.filterwarnings("error", "QuickGELU mismatch")
-                # open_clip knows itself whether these weights are a tag or a file.
+                # open_clip knows itself whether these weights are a tag or a file. pretrained_text
+                # is about text towers of Hugging Face's; CLIP's own comes with `pretrained`.
                 pretrained = None if weights == "none" else weights
                 clip = open_clip.create_model(name, pretrained, force_image_size=cfg.image_size,
                                               pretrained_text=False)
@@ -774,7 +771,7 @@ def tiny_clip(size: int) -> open_clip.CLIP:
 
 class Whitening(nn.Module):
     """For a random CLIP: tokens of each tap, layer-normalised and whitened, so that they have no
-    mean and all directions are of one size. [ours] D1
+    mean and all directions but the weakest are of one size. [ours] D1
 
     A random network says little more than the mean colour of a patch: that one direction drowns all
     others in a cosine, and a decoder learns it at once. Whitening brings texture up to its size.
@@ -794,10 +791,6 @@ class Whitening(nn.Module):
             whitened.append((normalised - mean) @ matrix)
         return whitened
 
-    def undo(self, whitened: list[Tensor]) -> list[Tensor]:
-        """Back to tokens as they were, but for the layer normalisation and the mean."""
-        return [t @ torch.linalg.inv(matrix) for t, matrix in zip(whitened, self.matrix)]
-
     def estimate(self, teacher: Teacher, batches: Iterable) -> None:
         """Take mean and covariance from the tokens of training images, tap by tap."""
         # Sums over all tokens, in float64, because a difference of two large ones follows.
@@ -805,8 +798,9 @@ class Whitening(nn.Module):
         total = torch.zeros(self.mean.shape, dtype=torch.float64)
         products = torch.zeros(self.matrix.shape, dtype=torch.float64)
         for x in batches:
-            tokens = torch.stack(teacher(x)).flatten(1, 2).cpu().double()  # not whitened as yet
-            count += tokens.shape[1]  # (taps, B * (1 + N), C)
+            # (taps, B * (1 + N), C), only layer-normalised: the matrix is the identity as yet
+            tokens = torch.stack(teacher(x)).flatten(1, 2).cpu().double()
+            count += tokens.shape[1]
             total += tokens.sum(1, keepdim=True)
             products += tokens.mT @ tokens
 
@@ -827,11 +821,11 @@ class Whitening(nn.Module):
 
 def hold_out(cfg: Config, samples: list, checkpoint: dict | None) -> tuple[list, list]:
     """Indices of the normal images to train on, and of those kept back at random for the threshold,
-    because the decoder knows the former too well. With --holdout 0 both are all images, and the
-    threshold comes out too low. [ours] D9
+    because the decoder knows its training images too well. With --holdout 0 both are all images,
+    and the threshold comes out too low. [ours] D9
 
-    Raises UserError if a checkpoint was trained on other images: then some of those kept back now
-    may not have been kept back before.
+    Raises UserError if a checkpoint was trained on other images: it may have been trained on images
+    that are kept back now.
     """
     kept = held = list(range(len(samples)))
     if cfg.holdout > 0:
@@ -853,11 +847,11 @@ def names_in_data(cfg: Config, samples: list) -> list:
 
 
 def shuffled_batches(cfg: Config, n: int, steps: int) -> list:
-    """The batches of a whole training run as lists of indices below n, epoch after epoch. The seed
-    alone decides them, so a resumed run goes on with the batches that it would have had."""
+    """The batches of a whole training run as lists of indices below n, epoch after epoch. They
+    follow from the settings, so a resumed run goes on with the batches that it would have had."""
     size = cfg.batch_size // WORLD_SIZE
-    # Each process of torchrun has an order of its own. Neighbours are of one class, so with one
-    # order for all, a step would see little more than one class.
+    # Each process of torchrun has an order of its own: with --holdout 0 neighbours are of one
+    # class, and one order for all processes would fill a step with it.
     generator = torch.Generator().manual_seed(cfg.seed + RANK)
     order = []  # a batch may take the last images of an epoch and the first ones of the next
     while len(order) < steps * size:
@@ -870,9 +864,9 @@ def teacher_features(cfg: Config, detector: nn.Module, samples: list, batches: l
     once [ours] D2, or with --no-cache anew for every batch.
 
     Training uses no augmentation, so every epoch would compute the same again. Each of the three
-    features stays as one float16 array (N, ...) in an unnamed file in --out, of which the system
-    keeps in memory what fits. The files disappear with the process, even a killed one. Raises
-    UserError if the disk is full.
+    features stays as one float16 array (N, ...) in an unnamed file in --out; the system keeps in
+    memory what fits. The files disappear with the process, even a killed one. Raises UserError if
+    the disk is full.
     """
     if not cfg.cache:
         for x in image_batches(cfg, detector, samples, batches):
@@ -890,7 +884,7 @@ def teacher_features(cfg: Config, detector: nn.Module, samples: list, batches: l
             except OSError as e:
                 raise UserError(f"no room in --out for the cache: {e}; use --no-cache")
     arrays = []
-    for file, f in zip(files, features):
+    for file, f in zip(files, features):  # f, of the last batch, has the shape of all
         shape = (len(samples), *f.shape[1:])
         arrays.append(np.memmap(file, np.float16, "r", shape=shape))
     for rows in batches:
@@ -911,12 +905,12 @@ def describe_images(cfg: Config, detector: nn.Module, samples: list) -> Iterator
 
 
 def save_checkpoint(cfg: Config, detector: nn.Module, samples: list, checkpoint: dict) -> None:
-    """Write checkpoint.pt, whole or not at all, and remove what an earlier run left in --out and
-    what does not belong to it. It holds plain values and tensors:
+    """Write checkpoint.pt, whole or not at all, and remove the tables and pictures of an earlier
+    run from --out. A checkpoint holds plain values and tensors:
 
         script, config     who wrote it, with which settings
-        weights            a state_dict for each part of the detector; of a trained teacher, which
-                           need not be stored again, only a fingerprint
+        weights            a state_dict for each part of the detector; of a trained teacher only a
+                           fingerprint, since its own file holds the rest
         images             what it was trained on: names of the samples
         step, optimizer    to go on from
         thresholds, means  by variant, see calibrate; {} before the training is finished
@@ -969,7 +963,7 @@ def load_weights(detector: nn.Module, checkpoint: dict) -> None:
     is not the one that the checkpoint was trained with."""
     for name, part in detector.named_children():  # teacher, student, ...
         weights = checkpoint["weights"][name]
-        stored = isinstance(weights, dict)
+        stored = isinstance(weights, dict)  # else it is a fingerprint
         if name == "teacher" and stored != part.random or not stored and not math.isclose(
                 weights, fingerprint(part), rel_tol=1e-6):
             raise UserError("--weights: not the teacher of the training; give the same weights")
@@ -999,7 +993,7 @@ class Sample:
 
 def files_in(folder: Path, pattern: str) -> list:
     """The files that match, in name order, without hidden ones. A * follows links to folders, and
-    ** does not, since it might never end."""
+    ** does not."""
     files = []
     for path in sorted(folder.glob(pattern)):
         hidden = "/." in f"/{path.relative_to(folder).as_posix()}"
@@ -1064,7 +1058,7 @@ def read_mvtec(root: Path) -> tuple[list, list]:
     single = (root / "train").is_dir() or (root / "test").is_dir()
     found = {"train": {}, "test": {}, "ground_truth": {}}
     for path in filter(is_image, files_in(root, "*/*/*" if single else "*/*/*/*")):
-        cls, part, kind, _ = path.parts[-4:]
+        cls, part, kind, _ = path.parts[-4:]  # of a single class cls is the root's name
         name = (cls, kind, path.stem.removesuffix("_mask"))
         if part not in found or part == "train" and kind.lower() not in GOOD:
             continue
@@ -1142,7 +1136,7 @@ def load_image(path: Path) -> Image.Image:
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     image = image.convert("RGB")
     brightest = np.max(image.getextrema())
-    if brightest < 16:  # 12 bits in 16 reach 15
+    if brightest <= 16:  # 12 bits in 16 reach 4095 / 257, rounded 16
         raise UserError(f"{path}: is nearly black, its brightest value is {brightest} of 255; "
                         "stretch its values, or remove it")
     return image
@@ -1151,10 +1145,10 @@ def load_image(path: Path) -> Image.Image:
 def load_mask(path: Path) -> Image.Image:
     """A mask as a black and white image. Raises UserError if it cannot be read.
 
-    Defective is what is not 0, since VisA's masks hold numbers from 1 to 9, and others colours of a
-    palette. But where there are values above 127, as in MVTec AD's, these alone, since blur and
-    JPEG leave small ones around. A colour counts by its brightest channel, and what is transparent
-    is black. [ours] D10
+    Every value above 0 is defective: VisA's masks hold 1 to 9, others the colours of a palette. But
+    if a mask without a palette has values above 127, as MVTec AD's have, only those count: blur and
+    JPEG leave small ones. A colour counts by its brightest channel, and what is transparent is
+    black. [ours] D10
     """
     image = open_image(path)
     rgba = np.asarray(image.convert("RGBA"))  # (height, width, 4)
@@ -1179,8 +1173,8 @@ def load_masks(samples: list, size: int) -> np.ndarray:
 
 @dataclass
 class Images(Dataset):
-    """The samples as preprocessed images, uint8 (3, S, S) each: workers send a quarter of what
-    float32 would take of the shared memory, of which a container has little."""
+    """The samples as preprocessed images, uint8 (3, S, S) each. uint8 takes a quarter of float32's
+    shared memory, and a container has little."""
 
     preprocess: Compose
     samples: list
@@ -1191,7 +1185,7 @@ class Images(Dataset):
 
 def image_batches(cfg: Config, detector: nn.Module, samples: list,
                   batches: list | None = None) -> Iterator:
-    """Yield preprocessed images (B, 3, S, S) on the detector's device: these batches of indices, or
+    """Yield standardised images (B, 3, S, S) on the detector's device: these batches of indices, or
     if there are none all samples in order."""
     if batches is None:
         batches = [rows.tolist() for rows in torch.arange(len(samples)).split(cfg.batch_size)]
@@ -1221,10 +1215,10 @@ def ranking_metrics(kind: str, scores: np.ndarray, positive: np.ndarray) -> dict
     """<kind>-AUROC, <kind>-AP and <kind>-F1max in 0..1 of scores with bool labels of the same
     shape; for pixels, kind "P", (N, H, W), also AUPRO. {} if all labels are equal.
 
-    Exact: every distinct score is a threshold. But only at the scores of positives, few among
-    pixels, does the true-positive rate change. So each of these gives two points of the ROC curve,
-    one with the threshold just above it and one with the threshold at it, and all that lies between
-    is straight. Four images, positives scored 9 and 4, negatives 6 and 1:
+    Exact: every distinct score is a threshold. But the true-positive rate changes only at scores of
+    positives, and few pixels are positive. So each distinct score of a positive gives two points of
+    the ROC curve, one with the threshold just above it and one with the threshold at it, and all
+    that lies between is straight. Four images, positives scored 9 and 4, negatives 6 and 1:
 
         threshold     9   4
         tp_above      0   1     positives above it
@@ -1318,15 +1312,16 @@ def report(cfg: Config, samples: list, size: int, variants: Iterable, decides: s
     """Print and write how well the maps of some variants tell good from defective samples. Returns
     image scores (N,) and metrics, both by variant.
 
-    variants: pairs of a name and maps (N, size, size), one after the other, since maps are large;
-    `decides` names the one whose threshold flags images. No threshold comes from test labels; only
-    F1max says what the best one would have been.
+    variants: an iterator of pairs, a name and maps (N, size, size), so that few maps are in memory
+    at once; `decides` names the one whose threshold flags images. No threshold comes from test
+    labels; only F1max says what the best one would have been.
     """
     labels = np.array([s.label for s in samples])
     classes = np.array([s.cls for s in samples])
     masks = load_masks(samples, size)
     # Pictures show the last good and the last defective image of each class: not picked by hand.
-    shown = list({(s.cls, s.label): i for i, s in enumerate(samples)}.values())[:2 * MOST_CLASSES]
+    last = {(s.cls, s.label): i for i, s in enumerate(samples)}
+    shown = [last[key] for key in sorted(last)][:2 * MOST_CLASSES]
     scores = {}
     results = {}
     pictures = {}
@@ -1352,7 +1347,8 @@ def report(cfg: Config, samples: list, size: int, variants: Iterable, decides: s
         for s, is_flagged, *values in zip(samples, flagged, *scores.values()):
             writer.writerow([s.path, s.cls, s.label, is_flagged, *values])
     # Everything needed to quote a number: settings, thresholds, metrics in 0..1.
-    content = {"config": asdict(cfg), "thresholds": checkpoint["thresholds"], "results": results}
+    content = {"config": asdict(cfg), "cnc": checkpoint.get("cnc"),
+               "thresholds": checkpoint["thresholds"], "results": results}
     Path(cfg.out, "metrics.json").write_text(json.dumps(content, indent=2))
     plot_heatmaps(cfg, [samples[i] for i in shown], masks[shown], pictures, checkpoint)
     return scores, results
@@ -1379,7 +1375,7 @@ def heat(maps: Tensor, mean: float, threshold: float) -> np.ndarray:
 
 def plot_heatmaps(cfg: Config, samples: list, masks: np.ndarray, pictures: dict,
                   checkpoint: dict) -> None:
-    """A column an image. Below it the ground truth, and its maps, of the variants that have a
+    """Each column shows one image, its ground truth, and its map by each variant that has a
     threshold."""
     size = masks.shape[-1]
     rows = {"image": [load_image(s.path).resize((size, size)) for s in samples],
@@ -1462,8 +1458,8 @@ UNDER_TORCHRUN = distributed.is_torchelastic_launched()
 RANK = int(os.environ["RANK"]) if UNDER_TORCHRUN else 0
 WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if UNDER_TORCHRUN else 1
 
-# Settings that may differ from those that a checkpoint was trained with. All others shape the
-# detector or its threshold.
+# Settings that eval, predict and --resume may change. With another value of any other setting, the
+# checkpoint would not fit, or not mean the same.
 FREE = ("command", "paths", "data", "out", "device", "weights", "batch_size", "iters", "epochs",
         "lr", "cache", "workers", "checkpoint", "resume")
 
@@ -1476,8 +1472,8 @@ def read_command_line(argv: list | None) -> tuple[Config, dict | None]:
     """The settings, and the checkpoint if one is to be read. Raises UserError if it cannot be, or
     for settings that are impossible.
 
-    tyro makes a flag of each field of Config, and its help of the comment beside it. A flag goes
-    before everything. Settings without a flag come from
+    tyro makes a flag of each field of Config, and its help of the comment beside it. A flag
+    overrides everything. Settings without a flag come from
 
         train, on data/demo       DEMO, and for the rest the defaults of Config
         train, on other data      the defaults of Config
@@ -1489,7 +1485,7 @@ def read_command_line(argv: list | None) -> tuple[Config, dict | None]:
     checkpoint = None
     if cfg.command == "train" and not cfg.resume:
         root = HERE / "data/demo"
-        for name in ("visa", "mvtec"):
+        for name in ("visa", "mvtec"):  # mvtec goes before visa
             if (HERE / "data" / name).is_dir():
                 root = HERE / "data" / name
         defaults = Config(data=str(root))
@@ -1509,7 +1505,7 @@ def read_command_line(argv: list | None) -> tuple[Config, dict | None]:
                                 f"{value}; drop the flag, or train anew")
         if cfg.command != "train" and not checkpoint["thresholds"]:
             raise UserError("the checkpoint's training has not finished: --resume it")
-    # The checkpoint must find both again from any folder.
+    # Data and weights must be found again from any folder.
     cfg.data = os.path.abspath(cfg.data)
     if os.path.isfile(cfg.weights):
         cfg.weights = os.path.abspath(cfg.weights)
@@ -1570,7 +1566,8 @@ def main(argv: list | None = None) -> int:
     except torch.OutOfMemoryError:
         error = "the GPU's memory is full; lower --batch-size"
     except (UserError, OSError) as e:  # a missing or unwritable file's own message names it
-        error = str(e).rsplit("UserError: ", 1)[-1]  # of a loader's worker the end of its traceback
+        # A DataLoader's worker sends its traceback; the message is the end of it.
+        error = str(e).rsplit("UserError: ", 1)[-1]
     print(f"{SCRIPT}: error:", *error.split(), file=sys.stderr)  # in one line
     return code
 
