@@ -303,6 +303,7 @@ class RevDist(nn.Module):
         forward        features -> loss, a scalar
         describe       features -> pooled features (B, F), raw anomaly maps (B, S, S)
         size           S
+        student        the part that learns
     """
 
     def __init__(self, cfg: Config) -> None:
@@ -366,13 +367,13 @@ class RevDist(nn.Module):
 # Take u and gamma of each normal map; learn to predict them from the features of the image; rescale
 # maps by what is predicted. Nothing in this section knows of RevDist.
 
-# Chosen by trial, on a few small sets. [ours] D5
+# Numbers of the regression and of the levels, chosen by trial on a few small sets. A level is a
+# group of images for which the regression predicts nearly the same. [ours] D5, [ours] D6
 COMPONENTS = 256  # principal components of the features that the regression reads
-PENALTIES = np.logspace(-4, 2, 13)  # on the square of its weights; it chooses one of these
+PENALTIES = np.logspace(-4, 2, 13)  # candidates for its ridge penalty
 MOST_IMAGES = 4000  # that CADA learns from; memory grows with the square of this number
-# [ours] D6
-ROUNDS = 5  # regressions, each on the levels that the one before has found
-WITHIN = 0.25  # mean variance within levels, in units in which the regression's errors have 2
+ROUNDS = 5  # of regressions: the first on the images' statistics, each later one on levels
+WITHIN = 0.25  # levels merge while their mean variance is at most this; errors have 2 (1 a column)
 LEAST_ERROR = 0.01  # a smaller error counts as this one: to alignment 1 % is as good as exact
 
 
@@ -380,7 +381,7 @@ def map_statistics(maps: Tensor) -> Tensor:
     """(N, H, W) -> (N, 2): u, the mean, and gamma, the maximum, of each map. gamma lies above u
     even for a map without contrast, since alignment divides by their difference."""
     u = maps.mean((1, 2))
-    least = u + 1e-6 * u.abs().clamp(min=1)
+    least = u + 1e-6 * u.abs().clamp(min=1)  # a millionth above u
     gamma = maps.amax((1, 2)).maximum(least)
     return torch.stack([u, gamma], dim=1)
 
@@ -398,9 +399,9 @@ def log_statistics(statistics: Tensor) -> Tensor:
 
 
 def direction(features: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Pooled features (N, F) -> unit vectors (N, F): standardised, or the largest channels would
-    decide alone; clamped, so that no single channel can; and without length, so that the size of a
-    defect counts for less. [ours] D4"""
+    """Pooled features (N, F) -> unit vectors (N, F). We standardise them, or the largest channels
+    would decide alone; we clamp them, or one channel could; and we drop the length, which grows
+    with the size of a defect. [ours] D4"""
     return F.normalize(((features.float() - mean) / std).clamp(-3, 3))
 
 
@@ -415,7 +416,8 @@ def fit_regression(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray
                     store_cv_results=True)
     ridge.fit(x, y)
     chosen = np.searchsorted(PENALTIES, ridge.alpha_)  # (2,)
-    # With a `scoring` given, cv_results_ holds leave-one-out predictions, (N, 2, penalties).
+    # With a `scoring` given, cv_results_ holds leave-one-out predictions of y, (N, 2, penalties).
+    # Take those of each column's penalty.
     unseen = ridge.cv_results_[:, [0, 1], chosen]
     return ridge.coef_.T, ridge.intercept_, unseen
 
@@ -433,7 +435,8 @@ def find_levels(unseen: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarr
     error = np.maximum((y - unseen).std(0), LEAST_ERROR)
 
     # Ward's method starts with a level for each image. Again and again it merges the two levels
-    # whose union adds least to the squares within levels. Column 2 is sqrt(2 * what was added).
+    # whose union adds least to the squares within levels. Column 2, squared and halved, is what was
+    # added.
     tree = ward(unseen / error)
     within = np.cumsum(tree[:, 2] ** 2 / 2) / len(y)  # the variance after each merger
     mergers = np.count_nonzero(within <= WITHIN)
@@ -495,8 +498,7 @@ class CADA:
         first_weight, first_bias, unseen = fit_regression(x, y)
         for _ in range(ROUNDS - 1):
             level, _ = find_levels(unseen, y)
-            # Of each level the logarithms of what predict() would return, (k, 2).
-            targets = log_statistics(medians(statistics, level)).numpy()
+            targets = log_statistics(medians(statistics, level)).numpy()  # (k, 2), of each level
             weight, bias, unseen = fit_regression(x, targets[level])
         level, error = find_levels(unseen, y)
 
@@ -604,7 +606,7 @@ def train(cfg: Config, detector: RevDist, samples: list[Sample], checkpoint: dic
     if start >= cfg.iters:
         print(f"trained already: {start} steps", file=sys.stderr)
         return checkpoint
-    # A random teacher sees all images in every process, or each would have another teacher.
+    # Every process reads all images, so that all have the same random teacher.
     if detector.teacher.random and start == 0:
         estimate_statistics(detector.teacher, image_batches(cfg, detector, samples))
 
@@ -676,8 +678,8 @@ def calibrate(cfg: Config, detector: nn.Module, normal: list[Sample], held: list
     raw = torch.cat(scores)  # (N,)
 
     cada = CADA.fit(features, statistics, cfg.seed)
-    # The oracle, our reading of Fig. 4(a) [ours] D7, knows the label: class means over these
-    # images. CADA never reads it.
+    # The oracle, our reading of Fig. 4(a) [ours] D7, knows labels: class means over these images.
+    # CADA reads no label.
     classes = np.array([s.cls for s in normal])
     oracle = {str(c): statistics[classes == c].mean(0) for c in np.unique(classes)}
 
@@ -766,8 +768,8 @@ def run(argv: list[str] | None) -> None:
         samples, broken = images_to_score(cfg)
         detector = build(cfg, checkpoint)
         cada = CADA(**checkpoint["cada"])
-        maps = (normalise(smooth(maps), *cada.predict(pooled))
-                for pooled, maps in describe_images(cfg, detector, samples))
+        maps = (normalise(smooth(raw), *cada.predict(pooled))
+                for pooled, raw in describe_images(cfg, detector, samples))
         write_predictions(cfg, samples, maps, checkpoint["means"]["cada"],
                           checkpoint["thresholds"]["cada"])
         if broken:
@@ -905,7 +907,7 @@ def teacher_features(cfg: Config, detector: nn.Module, samples: list, batches: l
             except OSError as e:
                 raise UserError(f"no room in --out for the cache: {e}; use --no-cache")
     arrays = []
-    for file, f in zip(files, features):  # f, of the last batch, has the shape of all
+    for file, f in zip(files, features):  # f is of the last batch; only its first size differs
         shape = (len(samples), *f.shape[1:])
         arrays.append(np.memmap(file, np.float16, "r", shape=shape))
     for rows in batches:
@@ -917,7 +919,7 @@ def describe_images(cfg: Config, detector: nn.Module, samples: list) -> Iterator
     """Yield pooled features (B, F) and raw anomaly maps (B, S, S) of the samples, batch by batch,
     on the CPU. Raises UserError for a map that is not finite: no comparison with it would mean
     anything."""
-    detector.eval()  # BatchNorm by its running statistics: a score must not depend on its batch
+    detector.eval()  # no dropout, BatchNorm frozen: a score must not depend on chance or its batch
     for x in image_batches(cfg, detector, samples):
         pooled, maps = detector.describe(detector.teacher(x))
         if not maps.isfinite().all():
@@ -985,8 +987,8 @@ def load_weights(detector: nn.Module, checkpoint: dict) -> None:
     for name, part in detector.named_children():  # teacher, student, ...
         weights = checkpoint["weights"][name]
         stored = isinstance(weights, dict)  # else it is a fingerprint
-        if name == "teacher" and stored != part.random or not stored and not math.isclose(
-                weights, fingerprint(part), rel_tol=1e-6):
+        another = not stored and not math.isclose(weights, fingerprint(part), rel_tol=1e-6)
+        if another or name == "teacher" and stored != part.random:
             raise UserError("--weights: not the teacher of the training; give the same weights")
         if stored:
             part.load_state_dict(weights)
@@ -1324,7 +1326,7 @@ def summarise(scores: np.ndarray, labels: np.ndarray, classes: np.ndarray, maps:
 
 RESULTS = ("scores.csv", "metrics.json", "heatmaps.png", "distributions.png")
 OVERLAY = ".overlay.png"
-OURS = (OVERLAY, "checkpoint.pt", *RESULTS)  # what predict does not score
+OURS = ("checkpoint.pt", *RESULTS)
 MOST_CLASSES = 12  # that a picture shows
 
 
@@ -1420,12 +1422,15 @@ def plot_heatmaps(cfg: Config, samples: list, masks: np.ndarray, pictures: dict,
 
 def images_to_score(cfg: Config) -> tuple[list, list]:
     """What predict is to score, and the images that it cannot read, each of which is reported. From
-    a folder, every file that Pillow can read is taken, except for pictures of our own. Raises
+    a folder, every file that Pillow can read is taken, except for our own results. Raises
     UserError if there is nothing to score."""
     files = []
     for place in map(Path, cfg.paths):
-        files += files_in(place, "**/*") if place.is_dir() else [place]
-    files = [path for path in files if not path.name.endswith(OURS)]
+        if place.is_dir():
+            found = files_in(place, "**/*")
+            files += [p for p in found if p.name not in OURS and not p.name.endswith(OVERLAY)]
+        else:
+            files.append(place)
     others = [path for path in files if not is_image(path)]
     if others:
         print(len(others), "files that Pillow does not read as images:", others[0], "...",
@@ -1481,8 +1486,8 @@ WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if UNDER_TORCHRUN else 1
 
 # Settings that eval, predict and --resume may change. With another value of any other setting, the
 # checkpoint would not fit, or not mean the same.
-FREE = ("command", "paths", "data", "out", "device", "weights", "batch_size", "iters", "epochs",
-        "lr", "cache", "workers", "checkpoint", "resume")
+FREE = ("command", "paths", "data", "out", "device", "weights", "iters", "epochs", "lr", "cache",
+        "workers", "checkpoint", "resume")
 
 
 class UserError(Exception):
@@ -1505,10 +1510,8 @@ def read_command_line(argv: list | None) -> tuple[Config, dict | None]:
     cfg = tyro.cli(Config, args=argv)
     checkpoint = None
     if cfg.command == "train" and not cfg.resume:
-        root = HERE / "data/demo"
-        for name in ("visa", "mvtec"):  # mvtec goes before visa
-            if (HERE / "data" / name).is_dir():
-                root = HERE / "data" / name
+        places = [HERE / "data" / name for name in ("mvtec", "visa", "demo")]
+        root = next(filter(Path.is_dir, places), places[-1])
         defaults = Config(data=str(root))
         if Path(cfg.data or root).resolve() == (HERE / "data/demo").resolve():
             defaults = replace(defaults, **DEMO)
@@ -1521,7 +1524,8 @@ def read_command_line(argv: list | None) -> tuple[Config, dict | None]:
     check_settings(cfg)
     if checkpoint:
         for name, value in asdict(defaults).items():
-            if name not in FREE and getattr(cfg, name) != value:
+            free = name in FREE or name == "batch_size" and not cfg.resume
+            if not free and getattr(cfg, name) != value:
                 raise UserError(f"--{name.replace('_', '-')}: the checkpoint was trained with "
                                 f"{value}; drop the flag, or train anew")
         if cfg.command != "train" and not checkpoint["thresholds"]:

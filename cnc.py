@@ -17,9 +17,9 @@ How text helps, as we read it [ours] D15, [ours] D17. CLIP has a joint space of 
 There t_n is the vector of the normal prompt and t_a that of the abnormal one. The margin of a patch
 says how much nearer it is to t_n than to t_a, and psi in 0..1 says how normal that is. The
 *constraint* moves decoded patches towards t_n, if their margin is unusually low. The *promotion*
-adds a = psi (t_n - t_a) to a patch e and to its decoded version d: the larger psi, the more
-cos(e + a, d + a) exceeds cos(e, d). So what the decoder gets wrong about patches that look normal
-counts for less. If the text means nothing, it picks these patches at random.
+adds psi (t_n - t_a) to a patch e and to its decoded version d. Both gain the same vector, so mostly
+the angle between them shrinks, the more the larger psi is: errors in patches that look normal count
+for less. A text without meaning takes psi at random.
 
 A "tap" is a block of CLIP whose output is read and must be reproduced.
 
@@ -33,8 +33,8 @@ A "tap" is a block of CLIP whose output is read and must be reproduced.
       |      GatedMoE, 2 of 5 experts a token               |
       |      decode -> d1, d2, d3 (B, 1+N, C)               |
       |                                                     |
-    P(e), P(d): CLIP's joint space (B, N, D) <--- constraint: decoded patches at least as normal
-      |                                      |    to the text as most normal patches
+    P(e), P(d): CLIP's joint space (B, N, D) <--- constraint: lifts the margin of d above that of
+      |                                      |    the least normal of normal patches
       |                                      <--- promotion: v* = v + psi(e) (t_n - t_a), v = e, d
     M = mean over taps of 1 - cos(e*, d*) -> (B, S, S) -> blur -> image score (B,)
 
@@ -127,8 +127,8 @@ class Config:
     lr: float = 1e-3  # Adam learning rate [paper]
     experts: int = 5  # experts of the gated mixture [paper]
     top_k: int = 2  # experts that each token uses [paper]
-    # warm-up: first epochs, in which the prompts learn and the decoder is not yet guided [paper],
-    # meaning [ours] D18
+    # epochs of warm-up, value [paper]: the prompts learn, and the decoder is not yet guided
+    # [ours] D18
     theta: int = 5
     tau: float = 0.001  # temperature of the constraint [paper], role [ours] D17
     moe: bool = True  # gated mixture of experts; --no-moe: one expert for all tokens
@@ -214,7 +214,7 @@ class Teacher(nn.Module):
                 intermediates_only=True, output_fmt="NLC", output_extra_tokens=True)
         tokens = []
         for cls, patches in zip(found["image_intermediates_prefix"], found["image_intermediates"]):
-            tokens.append(torch.cat([cls, patches], dim=1))
+            tokens.append(torch.cat([cls, patches], dim=1))  # (B, 1 + N, C)
         if self.random:
             tokens = self.whitening(tokens)
         return [t.half() for t in tokens]
@@ -377,8 +377,8 @@ def promote(v: Tensor, psi: Tensor, text: Tensor) -> Tensor:
 
     v: unit vectors (taps, B, N, D), psi (taps, B, N) in 0..1, text (taps, 2, D). Returns
     (taps, B, N, D), not normalised, since the cosine that follows does that. Encoded and decoded
-    patch gain the same vector, so mostly the angle between them shrinks: most of all in patches
-    that the text finds normal. That CNC has a promotion is [paper], its form [ours] D15.
+    patch gain the same vector. The angle between them shrinks with psi if the margin is above
+    -psi |t_n - t_a|^2 / 2, as the average margin was in all that was run here. That CNC has a promotion is [paper], its form [ours] D15.
     """
     direction = text[:, 0] - text[:, 1]  # (taps, D)
     return v + psi[..., None] * direction[:, None, None]
@@ -420,11 +420,12 @@ class CNC(nn.Module):
         forward        features -> loss, a scalar
         describe       features -> pooled features (B, F), raw anomaly maps (B, S, S)
         size           S
+        student        the part that learns
     """
 
     BALANCE_WEIGHT = 0.01  # [ours] D19
-    # Decoded patches are guided only where the text finds them more abnormal than most normal ones:
-    # by more than one standard deviation. Chosen by trial: with it a random text costs little.
+    # Only decoded patches whose margin is more than this many standard deviations below the mean
+    # are guided. Chosen by trial: so a text without meaning does little harm.
     SLACK = 1.0  # [ours] D17
 
     def __init__(self, cfg: Config) -> None:
@@ -479,16 +480,16 @@ class CNC(nn.Module):
 
     def constraint(self, v: Tensor, text: Tensor, slack: float) -> Tensor:
         """The cross-modal normality constraint on patches v (taps, B, N, D), a scalar: the cross
-        entropy of softmax(<v, [t_n, t_a]> / tau) against "normal", times tau. [paper] that there is
-        a constraint, and the value of tau; its form is [ours] D17.
+        entropy of softmax(<v, [t_n, t_a]> / tau) against "normal", times tau. That it exists and
+        the value of tau are [paper], its form is [ours] D17.
 
         A softmax of two logits sees only their difference, the margin. We first take off a floor
         that most normal patches exceed, mean - slack std: with excess = margin - (mean - slack std)
 
             tau * cross entropy = tau * log(1 + exp(-excess / tau)),
 
-        at tau = 0.001 nearly a hinge: 0 where the excess is positive, and below it a line of slope
-        1, like that of a cosine in the distillation. Without the mean, the sign of the average
+        at tau = 0.001 nearly a hinge: 0 where the excess is positive, else -excess, so that a margin
+        weighs as much as a cosine of the distillation. Without the mean, the sign of the average
         margin would decide whether all patches have a gradient or none.
         """
         excess = margin(v, text) - self.margins.mean + slack * self.margins.std  # (taps, B, N)
@@ -617,7 +618,7 @@ def train(cfg: Config, detector: CNC, samples: list[Sample], checkpoint: dict | 
     if start >= steps:
         print(f"trained already: {start} steps", file=sys.stderr)
         return checkpoint
-    # A random teacher sees all images in every process, or each would have another teacher.
+    # Every process whitens with all images, so that all have the same random teacher.
     if detector.teacher.random and start == 0:
         detector.teacher.whitening.estimate(detector.teacher,
                                             image_batches(cfg, detector, samples))
@@ -628,7 +629,7 @@ def train(cfg: Config, detector: CNC, samples: list[Sample], checkpoint: dict | 
         optimizer.load_state_dict(checkpoint["optimizer"])
         optimizer.param_groups[0]["lr"] = cfg.lr  # a flag overrides the checkpoint
     # Under torchrun the gradient is the mean over all processes. After the warm-up the prompts have
-    # none.
+    # no gradient: hence find_unused_parameters.
     engine = detector
     if WORLD_SIZE > 1:
         distributed.init_process_group()
@@ -662,8 +663,8 @@ def train(cfg: Config, detector: CNC, samples: list[Sample], checkpoint: dict | 
 # ---- calibration and evaluation ------------------------------------------------------------------
 
 def calibrate(cfg: Config, detector: CNC, held: list[Sample]) -> dict:
-    """Take the threshold and the scale of pictures from normal images that were kept back from
-    training. Returns what the checkpoint keeps of it."""
+    """Take the threshold, and the mean that pictures show as black, from normal images that were
+    kept back from training. Returns what the checkpoint keeps of it."""
     scores = []
     means = []
     for _, maps in describe_images(cfg, detector, held):
@@ -675,7 +676,7 @@ def calibrate(cfg: Config, detector: CNC, held: list[Sample]) -> dict:
 
 def evaluate(cfg: Config, detector: CNC, test: list[Sample], checkpoint: dict) -> None:
     """Report how well the maps tell good from defective test images."""
-    maps = [smooth(maps) for _, maps in describe_images(cfg, detector, test)]
+    maps = [smooth(raw) for _, raw in describe_images(cfg, detector, test)]
     report(cfg, test, detector.size, [("cnc", torch.cat(maps))], "cnc", checkpoint)
 
 
@@ -687,7 +688,7 @@ def run(argv: list[str] | None) -> None:
     if cfg.command == "predict":
         samples, broken = images_to_score(cfg)
         detector = build(cfg, checkpoint)
-        maps = (smooth(maps) for _, maps in describe_images(cfg, detector, samples))
+        maps = (smooth(raw) for _, raw in describe_images(cfg, detector, samples))
         write_predictions(cfg, samples, maps, checkpoint["means"]["cnc"],
                           checkpoint["thresholds"]["cnc"])
         if broken:
@@ -805,7 +806,7 @@ class Whitening(nn.Module):
             products += tokens.mT @ tokens
 
         mean = total / count  # (taps, 1, C)
-        covariance = products / count - mean.mT @ mean  # (taps, C, C), of each tap = V L V^T
+        covariance = products / count - mean.mT @ mean  # (taps, C, C); of one tap: V L V^T
         self.mean.copy_(mean)
         # The whitening matrix of a tap is W = V (L / l_max + 1/1000)^(-1/2) V^T. Directions with
         # less than a thousandth of the largest variance count as noise, which stays small.
@@ -884,7 +885,7 @@ def teacher_features(cfg: Config, detector: nn.Module, samples: list, batches: l
             except OSError as e:
                 raise UserError(f"no room in --out for the cache: {e}; use --no-cache")
     arrays = []
-    for file, f in zip(files, features):  # f, of the last batch, has the shape of all
+    for file, f in zip(files, features):  # f is of the last batch; only its first size differs
         shape = (len(samples), *f.shape[1:])
         arrays.append(np.memmap(file, np.float16, "r", shape=shape))
     for rows in batches:
@@ -896,7 +897,7 @@ def describe_images(cfg: Config, detector: nn.Module, samples: list) -> Iterator
     """Yield pooled features (B, F) and raw anomaly maps (B, S, S) of the samples, batch by batch,
     on the CPU. Raises UserError for a map that is not finite: no comparison with it would mean
     anything."""
-    detector.eval()  # BatchNorm by its running statistics: a score must not depend on its batch
+    detector.eval()  # no dropout, BatchNorm frozen: a score must not depend on chance or its batch
     for x in image_batches(cfg, detector, samples):
         pooled, maps = detector.describe(detector.teacher(x))
         if not maps.isfinite().all():
@@ -964,8 +965,8 @@ def load_weights(detector: nn.Module, checkpoint: dict) -> None:
     for name, part in detector.named_children():  # teacher, student, ...
         weights = checkpoint["weights"][name]
         stored = isinstance(weights, dict)  # else it is a fingerprint
-        if name == "teacher" and stored != part.random or not stored and not math.isclose(
-                weights, fingerprint(part), rel_tol=1e-6):
+        another = not stored and not math.isclose(weights, fingerprint(part), rel_tol=1e-6)
+        if another or name == "teacher" and stored != part.random:
             raise UserError("--weights: not the teacher of the training; give the same weights")
         if stored:
             part.load_state_dict(weights)
@@ -1303,7 +1304,7 @@ def summarise(scores: np.ndarray, labels: np.ndarray, classes: np.ndarray, maps:
 
 RESULTS = ("scores.csv", "metrics.json", "heatmaps.png", "distributions.png")
 OVERLAY = ".overlay.png"
-OURS = (OVERLAY, "checkpoint.pt", *RESULTS)  # what predict does not score
+OURS = ("checkpoint.pt", *RESULTS)
 MOST_CLASSES = 12  # that a picture shows
 
 
@@ -1399,12 +1400,15 @@ def plot_heatmaps(cfg: Config, samples: list, masks: np.ndarray, pictures: dict,
 
 def images_to_score(cfg: Config) -> tuple[list, list]:
     """What predict is to score, and the images that it cannot read, each of which is reported. From
-    a folder, every file that Pillow can read is taken, except for pictures of our own. Raises
+    a folder, every file that Pillow can read is taken, except for our own results. Raises
     UserError if there is nothing to score."""
     files = []
     for place in map(Path, cfg.paths):
-        files += files_in(place, "**/*") if place.is_dir() else [place]
-    files = [path for path in files if not path.name.endswith(OURS)]
+        if place.is_dir():
+            found = files_in(place, "**/*")
+            files += [p for p in found if p.name not in OURS and not p.name.endswith(OVERLAY)]
+        else:
+            files.append(place)
     others = [path for path in files if not is_image(path)]
     if others:
         print(len(others), "files that Pillow does not read as images:", others[0], "...",
@@ -1460,8 +1464,8 @@ WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if UNDER_TORCHRUN else 1
 
 # Settings that eval, predict and --resume may change. With another value of any other setting, the
 # checkpoint would not fit, or not mean the same.
-FREE = ("command", "paths", "data", "out", "device", "weights", "batch_size", "iters", "epochs",
-        "lr", "cache", "workers", "checkpoint", "resume")
+FREE = ("command", "paths", "data", "out", "device", "weights", "iters", "epochs", "lr", "cache",
+        "workers", "checkpoint", "resume")
 
 
 class UserError(Exception):
@@ -1484,10 +1488,8 @@ def read_command_line(argv: list | None) -> tuple[Config, dict | None]:
     cfg = tyro.cli(Config, args=argv)
     checkpoint = None
     if cfg.command == "train" and not cfg.resume:
-        root = HERE / "data/demo"
-        for name in ("visa", "mvtec"):  # mvtec goes before visa
-            if (HERE / "data" / name).is_dir():
-                root = HERE / "data" / name
+        places = [HERE / "data" / name for name in ("mvtec", "visa", "demo")]
+        root = next(filter(Path.is_dir, places), places[-1])
         defaults = Config(data=str(root))
         if Path(cfg.data or root).resolve() == (HERE / "data/demo").resolve():
             defaults = replace(defaults, **DEMO)
@@ -1500,7 +1502,8 @@ def read_command_line(argv: list | None) -> tuple[Config, dict | None]:
     check_settings(cfg)
     if checkpoint:
         for name, value in asdict(defaults).items():
-            if name not in FREE and getattr(cfg, name) != value:
+            free = name in FREE or name == "batch_size" and not cfg.resume
+            if not free and getattr(cfg, name) != value:
                 raise UserError(f"--{name.replace('_', '-')}: the checkpoint was trained with "
                                 f"{value}; drop the flag, or train anew")
         if cfg.command != "train" and not checkpoint["thresholds"]:
