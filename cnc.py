@@ -378,7 +378,8 @@ def promote(v: Tensor, psi: Tensor, text: Tensor) -> Tensor:
     v: unit vectors (taps, B, N, D), psi (taps, B, N) in 0..1, text (taps, 2, D). Returns
     (taps, B, N, D), not normalised, since the cosine that follows does that. Encoded and decoded
     patch gain the same vector. The angle between them shrinks with psi if the margin is above
-    -psi |t_n - t_a|^2 / 2, as the average margin was in all that was run here. That CNC has a promotion is [paper], its form [ours] D15.
+    -psi |t_n - t_a|^2 / 2, as the average margin was in all that was run here. That CNC has a
+    promotion is [paper], its form [ours] D15.
     """
     direction = text[:, 0] - text[:, 1]  # (taps, D)
     return v + psi[..., None] * direction[:, None, None]
@@ -488,7 +489,7 @@ class CNC(nn.Module):
 
             tau * cross entropy = tau * log(1 + exp(-excess / tau)),
 
-        at tau = 0.001 nearly a hinge: 0 where the excess is positive, else -excess, so that a margin
+        at tau = 0.001 nearly a hinge: 0 where the excess is positive, else -excess, so a margin
         weighs as much as a cosine of the distillation. Without the mean, the sign of the average
         margin would decide whether all patches have a gradient or none.
         """
