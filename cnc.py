@@ -666,13 +666,11 @@ def train(cfg: Config, detector: CNC, samples: list[Sample], checkpoint: dict | 
 def calibrate(cfg: Config, detector: CNC, held: list[Sample]) -> dict:
     """Take the threshold, and the mean that pictures show as black, from normal images that were
     kept back from training. Returns what the checkpoint keeps of it."""
-    scores = []
-    means = []
-    for _, maps in describe_images(cfg, detector, held):
-        scores.append(image_score(smooth(maps)))
-        means.append(maps.mean((1, 2)))
-    return {"thresholds": {"cnc": conformal_threshold(torch.cat(scores))},
-            "means": {"cnc": torch.cat(means).mean().item()}}
+    parts = [(image_score(smooth(maps)), maps.mean((1, 2)))
+             for _, maps in describe_images(cfg, detector, held)]
+    scores, means = map(torch.cat, zip(*parts))  # (N,) each
+    return {"thresholds": {"cnc": conformal_threshold(scores)},
+            "means": {"cnc": means.mean().item()}}
 
 
 def evaluate(cfg: Config, detector: CNC, test: list[Sample], checkpoint: dict) -> None:
@@ -996,12 +994,8 @@ class Sample:
 def files_in(folder: Path, pattern: str) -> list:
     """The files that match, in name order, without hidden ones. A * follows links to folders, and
     ** does not."""
-    files = []
-    for path in sorted(folder.glob(pattern)):
-        hidden = "/." in f"/{path.relative_to(folder).as_posix()}"
-        if not hidden and not path.is_dir():
-            files.append(path)
-    return files
+    files = [path for path in sorted(folder.glob(pattern)) if not path.is_dir()]
+    return [path for path in files if "/." not in f"/{path.relative_to(folder).as_posix()}"]
 
 
 def is_image(path: Path) -> bool:
@@ -1100,8 +1094,8 @@ def read_visa(root: Path) -> tuple[list, list]:
 
 
 def check_files(sample: Sample) -> bool:
-    """Whether the sample has a mask that marks something. Raises UserError if image or mask
-    cannot be read, or if the mask does not lie on the image."""
+    """Whether the sample has a mask that marks something. Raises UserError if image or mask cannot
+    be read, or if the mask does not lie on the image."""
     image = load_image(sample.path)
     if not sample.mask:
         return False
@@ -1306,7 +1300,6 @@ def summarise(scores: np.ndarray, labels: np.ndarray, classes: np.ndarray, maps:
 RESULTS = ("scores.csv", "metrics.json", "heatmaps.png", "distributions.png")
 OVERLAY = ".overlay.png"
 OURS = ("checkpoint.pt", *RESULTS)
-MOST_CLASSES = 12  # that a picture shows
 
 
 def report(cfg: Config, samples: list, size: int, variants: Iterable, decides: str,
@@ -1321,9 +1314,9 @@ def report(cfg: Config, samples: list, size: int, variants: Iterable, decides: s
     labels = np.array([s.label for s in samples])
     classes = np.array([s.cls for s in samples])
     masks = load_masks(samples, size)
-    # Pictures show the last good and the last defective image of each class: not picked by hand.
+    # heatmaps.png shows the last good and the last defective image of each class, 24 at most.
     last = {(s.cls, s.label): i for i, s in enumerate(samples)}
-    shown = [last[key] for key in sorted(last)][:2 * MOST_CLASSES]
+    shown = [last[key] for key in sorted(last)][:24]
     scores = {}
     results = {}
     pictures = {}
