@@ -36,6 +36,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw
 from scipy import ndimage
+from sklearn.linear_model import Ridge
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 from torch.testing import assert_close
 
@@ -273,6 +274,28 @@ def test_gamma_is_above_u_for_any_images(features, maps):
         assert u.isfinite().all()
         assert gamma.isfinite().all()
         assert (gamma > u).all()
+
+
+def test_unseen_predictions_leave_one_image_out():
+    """They are what fits on all other images predict, with the penalty that then errs least."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(12, 4))
+    y = x @ rng.normal(size=(4, 2)) + rng.normal(size=(12, 2))
+    weight, bias, unseen = cada.fit_regression(x, y)
+    for column in (0, 1):
+        target = y[:, column]
+        found = []
+        for penalty in cada.PENALTIES:
+            left_out = []
+            for i in range(12):
+                fit_on_others = Ridge(penalty).fit(np.delete(x, i, 0), np.delete(target, i))
+                left_out.append(fit_on_others.predict(x[i:i + 1])[0])
+            error = np.square(target - left_out).mean()
+            found.append((error, penalty, left_out))
+        _, penalty, left_out = min(found)
+        np.testing.assert_allclose(unseen[:, column], left_out, atol=1e-6)
+        whole = Ridge(penalty).fit(x, target)
+        np.testing.assert_allclose(x @ weight[:, column] + bias[column], whole.predict(x))
 
 
 def test_a_constant_channel_has_no_say():
