@@ -736,8 +736,8 @@ def plot_distributions(cfg: Config, samples: list[Sample], scores: dict, results
         ax.axvline(threshold, color="black", linestyle="--")
         auroc = results[variant]["pooled"].get("I-AUROC", math.nan)
         ax.set_title(f"{variant}: pooled I-AUROC {auroc:.1%}")
-    ax.set_ylim(len(names) - 0.5, -0.5)  # of both panels; downwards
-    ax.set_yticks(range(len(names)), [name[:14] for name in names], parse_math=False)
+    panels[0].set_ylim(len(names) - 0.5, -0.5)  # of both panels; downwards
+    panels[0].set_yticks(range(len(names)), [name[:14] for name in names], parse_math=False)
     figure.supxlabel("image score; blue: normal, orange: anomalous, dashed: threshold")
     figure.savefig(Path(cfg.out, "distributions.png"), dpi=150)
 
