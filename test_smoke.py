@@ -924,17 +924,21 @@ SURROUNDINGS = {"RANK": "1", "WORLD_SIZE": "2", "MPLBACKEND": "module://nowhere"
 @pytest.fixture(scope="session")
 def trained(data, session_path) -> dict:
     """One training of each script from the shell: its folder, and what it printed."""
-    runs = {}
-    for script in (cada, cnc):
+    jobs = {}
+    for script in (cada, cnc):  # both at once
         name = script.__name__
-        out = session_path / name
-        command = [sys.executable, f"{name}.py", "--data", data, "--out", out, *FLAGS[script]]
-        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=100,
-                              env=os.environ | SURROUNDINGS)
-        assert done.returncode == 0, done.stderr
+        command = [sys.executable, f"{name}.py", "--data", data, "--out", session_path / name]
+        jobs[script] = subprocess.Popen(
+            [*command, *FLAGS[script]], cwd=HERE, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, env=os.environ | SURROUNDINGS)
+    runs = {}
+    for script, job in jobs.items():
+        stdout, stderr = job.communicate(timeout=100)
+        assert job.returncode == 0, stderr
+        out = session_path / script.__name__
         runs[script] = SimpleNamespace(
-            out=out, checkpoint=out / "checkpoint.pt", files=set(files_in(out)),
-            stdout=done.stdout, stderr=done.stderr)
+            out=out, checkpoint=out / "checkpoint.pt", files=set(files_in(out)), stdout=stdout,
+            stderr=stderr)
     return runs
 
 
@@ -1007,16 +1011,20 @@ def test_predict_takes_from_a_folder_what_it_can(data, trained, tmp_path, capsys
         assert "1 images not scored" in printed.err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("stdout", ["| true", ">&-"])
-def test_nobody_need_read_the_output(stdout, data, trained, tmp_path):
+def test_nobody_need_read_the_output(data, trained, tmp_path):
     """A pipe whose reader has gone, as after `| head -1`, or a closed output ends quietly."""
     words = [sys.executable, "cada.py", "predict", data / "a/test/good/000.png", "--checkpoint",
-             trained[cada].checkpoint, "--out", tmp_path]
-    command = f"set -o pipefail; {shlex.join(map(str, words))} {stdout}"
-    done = subprocess.run(["bash", "-c", command], cwd=HERE, stderr=subprocess.PIPE, timeout=100)
-    assert done.returncode in (0, 128 + signal.SIGPIPE)
-    assert b"rror" not in done.stderr
-    assert set(files_in(tmp_path)) == {"0000-000.overlay.png"}
+             trained[cada].checkpoint, "--out"]
+    jobs = {}
+    for i, stdout in enumerate(["| true", ">&-"]):  # both at once
+        out = tmp_path / str(i)
+        command = f"set -o pipefail; {shlex.join(map(str, [*words, out]))} {stdout}"
+        jobs[out] = subprocess.Popen(["bash", "-c", command], cwd=HERE, stderr=subprocess.PIPE)
+    for out, job in jobs.items():
+        _, stderr = job.communicate(timeout=100)
+        assert job.returncode in (0, 128 + signal.SIGPIPE)
+        assert b"rror" not in stderr
+        assert set(files_in(out)) == {"0000-000.overlay.png"}
 
 
 @FORKS
