@@ -662,9 +662,9 @@ def calibrate(cfg: Config, detector: nn.Module, normal: list[Sample], held: list
     Returns what the checkpoint keeps of it.
 
     CADA learns from all normal images, those held out for the threshold included. Without them it
-    would know only maps of images that the detector was trained on, and lose a point of pooled
-    I-AUROC on CNC. With them the promise of the threshold is a little weaker where classes are
-    small.
+    would know only maps of images that the detector was trained on; an earlier form lost a point of
+    pooled I-AUROC on CNC by that. With them the promise of the threshold is a little weaker where
+    classes are small.
     """
     # Of each map three numbers are kept: all maps of VisA would take gigabytes.
     parts = [(pooled, map_statistics(maps), image_score(smooth(maps)))
