@@ -89,7 +89,7 @@ import torch.nn.functional as F
 import tyro
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 from scipy import ndimage
 from sklearn.model_selection import train_test_split
 from torch import distributed, nn
@@ -1044,8 +1044,12 @@ def check_files(samples):
     after it. Raises UserError for it, and for a mask that does not lie on its image."""
     def check(sample):
         image = load_image(sample.path)
-        if sample.mask and load_mask(sample.mask).size != image.size:
-            raise UserError(f"mask {sample.mask}: its image has another size; make them fit")
+        if sample.mask:
+            with Image.open(sample.path) as file:
+                turned = file.getexif().get(ExifTags.Base.Orientation, 1) != 1
+            if turned or load_mask(sample.mask).size != image.size:
+                raise UserError(f"mask {sample.mask}: its image has another size, or is turned by "
+                                "EXIF; save both upright and equally large")
 
     with ThreadPoolExecutor() as pool:  # threads suffice: Pillow decodes without Python's lock
         checks = pool.map(check, samples)
@@ -1053,17 +1057,17 @@ def check_files(samples):
 
 
 def open_image(path):
-    """An image file, decoded. Raises UserError if it cannot be read, or in more ways than one."""
+    """An image file, decoded and upright. Raises UserError if it cannot be read as one image of 8
+    or 16 bits a channel."""
     try:
-        with Image.open(path) as image:
-            image.load()
+        with Image.open(path) as file:
+            frames = getattr(file, "n_frames", 1)
+            image = ImageOps.exif_transpose(file)
     except Exception as e:  # Pillow's readers raise many kinds for a broken file
         raise UserError(f"cannot read image {path}: {e}; repair, convert or remove it")
-    turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1  # is a mask turned, too?
-    several = getattr(image, "n_frames", 1) > 1 and image.format != "MPO"  # a phone's MPO is one
-    if turned or several or image.mode in ("I", "F"):
-        raise UserError(f"{path}: turned by EXIF, several frames, or 32 bits; save it as one "
-                        "upright image of 8 or 16 bits a channel")
+    several = frames > 1 and file.format != "MPO"  # a phone's MPO is one photograph
+    if several or image.mode in ("I", "F"):
+        raise UserError(f"{path}: {frames} frames of mode {image.mode}; save one image of 8 bits")
     return image
 
 
@@ -1297,7 +1301,7 @@ def plot_heatmaps(cfg, rows, samples):
             ax.set(xticks=[], yticks=[])
     for ax, s in zip(axes[0], samples):
         ax.set_title(f"{s.cls[:14]}\n{('good', 'defective')[s.label]}", parse_math=False)
-    figure.savefig(Path(cfg.out, "heatmaps.png"), dpi=150)
+    figure.savefig(Path(cfg.out, "heatmaps.png"), dpi=120)
 
 
 def images_to_score(cfg):
