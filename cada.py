@@ -368,7 +368,7 @@ COMPONENTS = 256  # principal components of the features that the regression rea
 PENALTIES = np.logspace(-4, 2, 13)  # candidates for its ridge penalty
 MOST_IMAGES = 4000  # that CADA learns from; memory grows with the square of this number
 ROUNDS = 5  # of regressions: the first on the images' statistics, each later one on levels
-WITHIN = 0.25  # levels merge while their mean variance is at most this; errors have 2 (1 a column)
+WITHIN = 0.5**2  # levels merge while images are within half an error of their level's mean (rms)
 LEAST_ERROR = 0.01  # a smaller error counts as this one: to alignment 1 % is as good as exact
 
 
@@ -376,7 +376,7 @@ def map_statistics(maps):
     """(N, H, W) -> (N, 2): u, the mean, and gamma, the maximum, of each map. gamma lies above u
     even for a map without contrast, since alignment divides by their difference."""
     u = maps.mean((1, 2))
-    least = u + 1e-6 * u.abs().clamp(min=1)  # a millionth above u
+    least = u + 1e-6 * u.abs().clamp(min=1)  # 1e-6 above u; more where float32 would lose that
     gamma = maps.amax((1, 2)).maximum(least)
     return torch.stack([u, gamma], dim=1)
 
@@ -423,7 +423,7 @@ def find_levels(unseen, y):
     unseen: its predictions (N, 2); y: the images' own log_statistics (N, 2). Returns the level of
     each image (N,), numbers from 0 on, and the regression's error (2,), a standard deviation. It is
     measured against y in every round: later targets are easier to predict, so their error would
-    shrink and cut the levels ever finer. (Near duplicates, as frames of a video, shrink it too.)
+    shrink and cut the levels ever finer.
     """
     error = np.maximum((y - unseen).std(0), LEAST_ERROR)
 
@@ -431,8 +431,7 @@ def find_levels(unseen, y):
     # union adds least to the squares within levels. Column 2, squared and halved, is what it added.
     tree = ward(unseen / error)
     within = np.cumsum(tree[:, 2] ** 2 / 2) / len(y)  # the variance after each merger
-    mergers = np.count_nonzero(within <= WITHIN)
-    level = fcluster(tree, len(y) - mergers, "maxclust") - 1
+    level = fcluster(tree, WITHIN, "monocrit", monocrit=within) - 1  # mergers up to WITHIN
     return level, error
 
 
@@ -446,7 +445,8 @@ def medians(values, level):
 @dataclass
 class CADA:
     """Predict (u, gamma), the mean and the maximum of anomaly maps of *normal* images of an image's
-    class [paper], from its frozen features [ours] D4. gamma is the typical maximum of one map.
+    class [paper], from its frozen features [ours] D4. gamma is the typical maximum of one map, as
+    we read it [ours] D5.
 
     The paper calls the predictor a regression. But a defect that moves the features moves what a
     regression predicts. So we let the prediction snap [ours] D6: on normal images the predictions
@@ -479,6 +479,7 @@ class CADA:
         # Of a channel that hardly varies in training, a rounding error would be a huge deviation.
         std[std <= std.median() / 1000] = torch.inf
         x = direction(features, mean, std).double().numpy()
+        # At most half as many components as images: with as many, any y could be fitted.
         pca = PCA(min(COMPONENTS, len(x) // 2, x.shape[1]), random_state=seed).fit(x)
         components = pca.components_.T  # (F, P)
         x = x @ components  # (N, P), not centred: the bias takes that up
@@ -511,8 +512,7 @@ class CADA:
         logs = direction(features, self.mean, self.std) @ self.weight + self.bias
         difference = (logs[:, None] - self.centres) / self.error  # (N, k, 2)
         nearest = difference.square().sum(2).argmin(1)
-        u, gamma = self.statistics[nearest].unbind(1)
-        return u, gamma
+        return self.statistics[nearest].unbind(1)
 
 
 def normalise(maps, u, gamma):
@@ -530,8 +530,9 @@ def normalise(maps, u, gamma):
 # These turn an anomaly map into one number an image, and many numbers into a threshold.
 
 def smooth(maps):
-    """Gaussian blur of (N, H, W) maps. Sigma is 4 pixels at 256 x 256 [author], where the kernel is
-    cut to 5 x 5; here it is not cut, in proportion at other sizes, and edges repeat. [ours] D8
+    """Gaussian blur of (N, H, W) maps. Sigma is 4 pixels at 256 x 256 [author], and in proportion at
+    other sizes. There the kernel is cut to 5 x 5; here it reaches 4 sigma, and edges repeat.
+    [ours] D8
 
     The kernel sums to one, so with repeated edges a constant map stays constant. The blur therefore
     commutes with (A - u) / (gamma - u): to normalise before it [author] or after it is the same.
@@ -575,7 +576,6 @@ def build(cfg, checkpoint):
         load_weights(detector, checkpoint)
     if detector.teacher.random:
         print("teacher: RANDOM weights; its numbers are not the paper's", file=sys.stderr)
-    # channels_last is the layout of cuDNN's own convolutions.
     return detector.to(choose_device(cfg.device), memory_format=torch.channels_last)
 
 
@@ -588,6 +588,8 @@ def train(cfg, detector, samples, checkpoint):
     could choose: the last step counts.
     """
     start = checkpoint["step"] if checkpoint else 0
+    if start >= cfg.iters:  # trained already
+        return checkpoint
     # Every process reads all images, so that all have the same random teacher.
     if detector.teacher.random and start == 0:
         estimate_statistics(detector.teacher, image_batches(cfg, detector, samples))
@@ -614,10 +616,8 @@ def train(cfg, detector, samples, checkpoint):
     bar = tqdm(features, "training", cfg.iters, initial=start, disable=None)
     for step, encoded in enumerate(bar, start + 1):
         # The rate follows from the step alone, so a resumed run needs no state of a scheduler.
-        lr = cfg.lr
-        if step > int(0.8 * cfg.iters):
-            lr = 0.2 * cfg.lr
-        optimizer.param_groups[0]["lr"] = lr
+        late = step > int(0.8 * cfg.iters)
+        optimizer.param_groups[0]["lr"] = 0.2 * cfg.lr if late else cfg.lr
 
         loss = engine(encoded)
         optimizer.zero_grad(set_to_none=True)
@@ -626,7 +626,7 @@ def train(cfg, detector, samples, checkpoint):
 
         if step % 20 == 0:  # seldom: item() waits for the GPU
             bar.set_postfix(loss=f"{loss.item():.4f}")
-        if step % math.ceil(cfg.iters / 10) == 0 or step == cfg.iters:  # ten times
+        if step % math.ceil(cfg.iters / 10) == 0 or step == cfg.iters:  # about ten times
             state = optimizer.state_dict()
             checkpoint = {"images": len(samples), "step": step, "optimizer": state}
             save_checkpoint(cfg, detector, checkpoint)
@@ -643,8 +643,8 @@ def calibrate(cfg, detector, normal, held):
     Returns what the checkpoint keeps of it.
 
     CADA learns from all normal images, those held out included: else it would know only maps of
-    images that the detector was trained on. (An earlier form lost a point of pooled I-AUROC on CNC
-    by that.) The threshold's promise is a little weaker for it where classes are small.
+    images that the detector was trained on. The threshold's promise is a little weaker for it where
+    classes are small.
     """
     # Of each map three numbers are kept: all maps of VisA would take gigabytes.
     parts = [(pooled, map_statistics(maps), image_score(smooth(maps)))
@@ -751,8 +751,7 @@ def plot_distributions(cfg, samples, scores, thresholds):
     place, one threshold serves them all."""
     labels = np.array([s.label for s in samples])
     names, line = np.unique([s.cls for s in samples], return_inverse=True)
-    # The colours are Okabe and Ito's, which colour-blind readers tell apart too.
-    colours = np.where(labels == 1, "#D55E00", "#0072B2")
+    colours = np.where(labels == 1, "#D55E00", "#0072B2")  # colour-blind readers see them, too
     figure = Figure(figsize=(12, 1.8 + 0.5 * len(names)), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for ax, variant in zip(panels, ("raw", "cada")):
@@ -1224,7 +1223,7 @@ def report(cfg, samples, size, variants, decides, checkpoint):
         if s.mask:  # binarised before it is resized: the other way round thin defects blur
             masks[i] = load_mask(s.mask).resize((size, size), Image.NEAREST)
 
-    # heatmaps.png has a column for the last good and the last defective image of each class.
+    # heatmaps.png shows the last good and the last defective image of each class, 24 at most.
     last = {(s.cls, s.label): i for i, s in enumerate(samples)}
     shown = [last[key] for key in sorted(last)][:24]
     rows = {"image": [load_image(paths[i]).resize((size, size)) for i in shown],
@@ -1296,15 +1295,15 @@ def plot_heatmaps(cfg, rows, samples):
 
 def images_to_score(cfg):
     """What predict is to score: images that are named, and those in folders that are named, except
-    in --out. Raises UserError if there is none, or one that cannot be read."""
-    own = Path(cfg.out).resolve()
+    our own results. Raises UserError if there is none, or one that cannot be read."""
+    own = {Path(cfg.out, name).resolve() for name in ("predict", *RESULTS)}
     samples = []
     others = []
     for place in map(Path, cfg.paths):
         for path in files_in(place, "**/*") if place.is_dir() else [place]:
             if not is_image(path):
                 others.append(path)
-            elif own not in path.resolve().parents:
+            elif own.isdisjoint([path.resolve(), *path.resolve().parents]):
                 samples.append(Sample(path))
     print(len(samples), "images;", len(others), "files not used", *others[:1], file=sys.stderr)
     if not samples:
@@ -1337,8 +1336,6 @@ def write_predictions(cfg, samples, batches, checkpoint, variant):
 
 
 # ==== shared: command line and device
-# Settings, checkpoint, device: all that is decided before the first image is read.
-
 SCRIPT = Path(__file__).name
 HERE = Path(__file__).resolve().parent
 # torchrun says which of its processes this is, and of how many. Clusters set the same variables for
@@ -1385,10 +1382,6 @@ def read_command_line(argv):
                 raise UserError(f"--{name}: the checkpoint has another value; drop the flag")
         if cfg.command != "train" and not checkpoint["thresholds"]:
             raise UserError("the checkpoint's training has not finished: --resume it")
-    # Data and weights must be found again from any folder.
-    cfg.data = os.path.abspath(cfg.data)
-    if os.path.isfile(cfg.weights):
-        cfg.weights = os.path.abspath(cfg.weights)
     return cfg, checkpoint
 
 

@@ -17,9 +17,9 @@ How text helps, as we read it [ours] D15, [ours] D17. CLIP has a joint space of 
 There t_n is the vector of the normal prompt and t_a that of the abnormal one. The margin of a patch
 says how much nearer it is to t_n than to t_a, and psi in 0..1 says how normal that is. The
 *constraint* moves decoded patches towards t_n, if their margin is unusually low. The *promotion*
-adds psi (t_n - t_a) to a patch e and to its decoded version d. Both gain the same vector, so mostly
-the angle between them shrinks, the more the larger psi is: errors in patches that look normal count
-for less. A text without meaning takes psi at random.
+adds psi (t_n - t_a) to a patch e and to its decoded version d. Their difference stays and both get
+longer, mostly, so the angle between them shrinks: errors in patches that look normal count for
+less. If a text means nothing, psi is random.
 
 A "tap" is a block of CLIP whose output is read and must be reproduced.
 
@@ -33,8 +33,8 @@ A "tap" is a block of CLIP whose output is read and must be reproduced.
       |      GatedMoE, 2 of 5 experts a token               |
       |      decode -> d1, d2, d3 (B, 1+N, C)               |
       |                                                     |
-    P(e), P(d): CLIP's joint space (B, N, D) <--- constraint: lifts the margin of d above that of
-      |                                      |    the least normal of normal patches
+    P(e), P(d): CLIP's joint space (B, N, D) <--- constraint: lifts the margin of d, where it is
+      |                                      |    far below the average of normal patches
       |                                      <--- promotion: v* = v + psi(e) (t_n - t_a), v = e, d
     M = mean over taps of 1 - cos(e*, d*) -> (B, S, S) -> blur -> image score (B,)
 
@@ -112,7 +112,7 @@ class Config:
     them.
     """
 
-    # frozen CLIP: a ViT of open_clip's [paper], or tiny, a small one built here [ours] D1.
+    # frozen CLIP [paper]: a ViT of open_clip's, or tiny, a small one built here [ours] D1.
     # OpenAI's weights want a name that ends in -quickgelu
     teacher: str = "ViT-L-14-336-quickgelu"
     weights: str = "openai"  # of the teacher [paper]: open_clip tag, file, or none: random
@@ -229,8 +229,7 @@ class Teacher(nn.Module):
 
 
 # ---- class-agnostic prompts ----------------------------------------------------------------------
-# A prompt is a sentence whose first words are not words but vectors that can be learned. They are
-# the only thing about text that learns here.
+# A prompt is a sentence whose first words are not words but vectors that can be learned.
 
 class PromptLearner(nn.Module):
     """Learnable sentences without a class name, the same for all classes [paper]; two for each tap,
@@ -335,10 +334,9 @@ class Student(nn.Module):
     """
 
     def __init__(self, taps, dim, experts, top_k):
-        """experts = 0: one expert of the same width for all tokens, and no gate."""
         super().__init__()
         self.fuse = nn.Sequential(nn.Linear(taps * dim, dim), nn.LayerNorm(dim), nn.Dropout(0.1))
-        self.moe = GatedMoE(dim, experts, top_k) if experts else expert(dim)
+        self.moe = GatedMoE(dim, experts, top_k)
         # Pre-norm, and heads of 64 channels as in CLIP's own blocks.
         self.blocks = nn.ModuleList()
         for _ in range(taps):
@@ -348,11 +346,7 @@ class Student(nn.Module):
 
     def forward(self, features):
         x = self.fuse(torch.cat(features, dim=-1)).float()  # (B, 1 + N, C)
-        if isinstance(self.moe, GatedMoE):
-            mixed, balance = self.moe(x)
-        else:
-            mixed = self.moe(x)
-            balance = x.new_zeros(())
+        mixed, balance = self.moe(x)
         x = x + mixed  # a residual connection, as mixtures in transformers have it [ours] D14
         decoded = []
         for block in self.blocks:
@@ -376,10 +370,13 @@ def promote(v, psi, text):
     """Feature-level normality promotion: v* = v + psi (t_n - t_a).
 
     v: unit vectors (taps, B, N, D), psi (taps, B, N) in 0..1, text (taps, 2, D). Returns
-    (taps, B, N, D), not normalised, since the cosine that follows does that. Encoded and decoded
-    patch gain the same vector. The angle between them shrinks with psi if the margin is above
-    -psi |t_n - t_a|^2 / 2, as the average margin was in all that was run here. That CNC has a
+    (taps, B, N, D), not normalised, since the cosine that follows does that. That CNC has a
     promotion is [paper], its form [ours] D15.
+
+    Encoded and decoded patch gain the same vector, so their difference stays. A patch gets longer
+    if its margin is above -psi |t_n - t_a|^2 / 2, since |v*|^2 = 1 + 2 psi margin + psi^2
+    |t_n - t_a|^2. If both do, the angle between them shrinks. (The average margin was above that in
+    all that was run here.)
     """
     direction = text[:, 0] - text[:, 1]  # (taps, D)
     return v + psi[..., None] * direction[:, None, None]
@@ -396,7 +393,6 @@ class NormalMargins(nn.Module):
 
     def __init__(self, taps):
         super().__init__()
-        # Buffers and not parameters: they go into the checkpoint, but no gradient moves them.
         self.register_buffer("mean", torch.zeros(taps, 1, 1))
         self.register_buffer("std", torch.zeros(taps, 1, 1))
         self.register_buffer("steps", torch.zeros(()))
@@ -444,8 +440,9 @@ class CNC(nn.Module):
         self.standardise = Compose([ConvertImageDtype(torch.float32), normalise_colours])
         self.prompts = PromptLearner(clip, self.teacher.tokenizer, taps)
         self.margins = NormalMargins(taps)
-        experts = cfg.experts if cfg.moe else 0
-        self.student = Student(taps, self.teacher.width, experts, cfg.top_k)
+        experts = cfg.experts if cfg.moe else 1
+        top_k = cfg.top_k if cfg.moe else 1
+        self.student = Student(taps, self.teacher.width, experts, top_k)
 
     def decode(self, features):
         """Teacher features -> encoded and decoded tokens, float32, and the balance loss."""
@@ -554,8 +551,9 @@ class CNC(nn.Module):
 # These turn an anomaly map into one number an image, and many numbers into a threshold.
 
 def smooth(maps):
-    """Gaussian blur of (N, H, W) maps. Sigma is 4 pixels at 256 x 256 [author], where the kernel is
-    cut to 5 x 5; here it is not cut, in proportion at other sizes, and edges repeat. [ours] D8
+    """Gaussian blur of (N, H, W) maps. Sigma is 4 pixels at 256 x 256 [author], and in proportion at
+    other sizes. There the kernel is cut to 5 x 5; here it reaches 4 sigma, and edges repeat.
+    [ours] D8
 
     The kernel sums to one, so with repeated edges a constant map stays constant. The blur therefore
     commutes with (A - u) / (gamma - u): to normalise before it [author] or after it is the same.
@@ -613,13 +611,15 @@ def train(cfg, detector, samples, checkpoint):
     steps_an_epoch = len(samples) / cfg.batch_size  # a batch may reach into the next epoch
     steps = max(1, round(cfg.epochs * steps_an_epoch))
     start = checkpoint["step"] if checkpoint else 0
+    if start >= steps:  # trained already
+        return checkpoint
     # Every process whitens with all images, so that all have the same random teacher.
     if detector.teacher.random and start == 0:
         detector.teacher.whitening.estimate(detector.teacher,
                                             image_batches(cfg, detector, samples))
 
     parameters = [*detector.student.parameters(), *detector.prompts.parameters()]
-    optimizer = torch.optim.Adam(parameters, cfg.lr, fused=True)  # Adam: [paper]; fused: faster
+    optimizer = torch.optim.Adam(parameters, cfg.lr, fused=True)  # [paper]
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         optimizer.param_groups[0]["lr"] = cfg.lr  # a flag overrides the checkpoint
@@ -646,7 +646,7 @@ def train(cfg, detector, samples, checkpoint):
 
         if step % 20 == 0:  # seldom: item() waits for the GPU
             bar.set_postfix(loss=f"{loss.item():.4f}")
-        if step % math.ceil(steps / 10) == 0 or step == steps:  # ten times
+        if step % math.ceil(steps / 10) == 0 or step == steps:  # about ten times
             state = optimizer.state_dict()
             checkpoint = {"images": len(samples), "step": step, "optimizer": state}
             save_checkpoint(cfg, detector, checkpoint)
@@ -1234,7 +1234,7 @@ def report(cfg, samples, size, variants, decides, checkpoint):
         if s.mask:  # binarised before it is resized: the other way round thin defects blur
             masks[i] = load_mask(s.mask).resize((size, size), Image.NEAREST)
 
-    # heatmaps.png has a column for the last good and the last defective image of each class.
+    # heatmaps.png shows the last good and the last defective image of each class, 24 at most.
     last = {(s.cls, s.label): i for i, s in enumerate(samples)}
     shown = [last[key] for key in sorted(last)][:24]
     rows = {"image": [load_image(paths[i]).resize((size, size)) for i in shown],
@@ -1306,15 +1306,15 @@ def plot_heatmaps(cfg, rows, samples):
 
 def images_to_score(cfg):
     """What predict is to score: images that are named, and those in folders that are named, except
-    in --out. Raises UserError if there is none, or one that cannot be read."""
-    own = Path(cfg.out).resolve()
+    our own results. Raises UserError if there is none, or one that cannot be read."""
+    own = {Path(cfg.out, name).resolve() for name in ("predict", *RESULTS)}
     samples = []
     others = []
     for place in map(Path, cfg.paths):
         for path in files_in(place, "**/*") if place.is_dir() else [place]:
             if not is_image(path):
                 others.append(path)
-            elif own not in path.resolve().parents:
+            elif own.isdisjoint([path.resolve(), *path.resolve().parents]):
                 samples.append(Sample(path))
     print(len(samples), "images;", len(others), "files not used", *others[:1], file=sys.stderr)
     if not samples:
@@ -1347,8 +1347,6 @@ def write_predictions(cfg, samples, batches, checkpoint, variant):
 
 
 # ==== shared: command line and device
-# Settings, checkpoint, device: all that is decided before the first image is read.
-
 SCRIPT = Path(__file__).name
 HERE = Path(__file__).resolve().parent
 # torchrun says which of its processes this is, and of how many. Clusters set the same variables for
@@ -1395,10 +1393,6 @@ def read_command_line(argv):
                 raise UserError(f"--{name}: the checkpoint has another value; drop the flag")
         if cfg.command != "train" and not checkpoint["thresholds"]:
             raise UserError("the checkpoint's training has not finished: --resume it")
-    # Data and weights must be found again from any folder.
-    cfg.data = os.path.abspath(cfg.data)
-    if os.path.isfile(cfg.weights):
-        cfg.weights = os.path.abspath(cfg.weights)
     return cfg, checkpoint
 
 
