@@ -551,7 +551,7 @@ class CNC(nn.Module):
 # These turn an anomaly map into one number an image, and many numbers into a threshold.
 
 def smooth(maps):
-    """Gaussian blur of (N, H, W) maps. Sigma is 4 pixels at 256 x 256 [author], and in proportion at
+    """Gaussian blur of (N, H, W) maps. Sigma is 4 pixels at 256 x 256 [author], in proportion at
     other sizes. There the kernel is cut to 5 x 5; here it reaches 4 sigma, and edges repeat.
     [ours] D8
 
@@ -888,8 +888,9 @@ def save_checkpoint(cfg, detector, checkpoint):
     if RANK > 0:  # of torchrun's processes only the first writes
         return
     weights = {name: part.state_dict() for name, part in detector.named_children()}
-    if not all(w.isfinite().all() for w in weights["student"].values()):
-        raise UserError("the training diverged, its weights are not finite; give a lower --lr")
+    for w in weights["student"].values():
+        if not w.isfinite().all():
+            raise UserError("the training diverged, its weights are not finite; give a lower --lr")
     if not detector.teacher.random:
         del weights["teacher"]  # they have a file of their own
     content = {"thresholds": {}, "means": {}} | checkpoint | {
