@@ -368,7 +368,7 @@ COMPONENTS = 256  # principal components of the features that the regression rea
 PENALTIES = np.logspace(-4, 2, 13)  # candidates for its ridge penalty
 MOST_IMAGES = 4000  # that CADA learns from; memory grows with the square of this number
 ROUNDS = 5  # of regressions: the first on the images' statistics, each later one on levels
-WITHIN = 0.5**2  # levels merge while images are within half an error of their level's mean (rms)
+WITHIN = 0.5**2  # levels merge up to this mean square distance from the level's mean, in errors
 LEAST_ERROR = 0.01  # a smaller error counts as this one: to alignment 1 % is as good as exact
 
 
@@ -428,7 +428,7 @@ def find_levels(unseen, y):
     error = np.maximum((y - unseen).std(0), LEAST_ERROR)
 
     # Ward's method starts with a level for each image, and merges, again and again, the two whose
-    # union adds least to the squares within levels. Column 2, squared and halved, is what it added.
+    # union adds least to the squares within levels. SciPy's column 2 is sqrt(2 x what it added).
     tree = ward(unseen / error)
     within = np.cumsum(tree[:, 2] ** 2 / 2) / len(y)  # the variance after each merger
     level = fcluster(tree, WITHIN, "monocrit", monocrit=within) - 1  # mergers up to WITHIN
@@ -445,8 +445,8 @@ def medians(values, level):
 @dataclass
 class CADA:
     """Predict (u, gamma), the mean and the maximum of anomaly maps of *normal* images of an image's
-    class [paper], from its frozen features [ours] D4. gamma is the typical maximum of one map, as
-    we read it [ours] D5.
+    class [paper], from its frozen features [ours] D4. gamma is the typical maximum of a single map,
+    not the maximum over a class, as we read it [ours] D5.
 
     The paper calls the predictor a regression. But a defect that moves the features moves what a
     regression predicts. So we let the prediction snap [ours] D6: on normal images the predictions
@@ -817,8 +817,8 @@ def shuffled_batches(cfg, n, steps):
     """The batches of a whole training run, lists of indices below n, epoch after epoch. They follow
     from the settings alone, so a resumed run goes on with the same ones."""
     size = cfg.batch_size // WORLD_SIZE
-    # Each process of torchrun has an order of its own: with --holdout 0 neighbours are of one
-    # class, and one order for all processes would fill a step with it.
+    # Each process of torchrun has an order of its own. The i-th images of all their shares are
+    # neighbours in the data set, often of one class: in one order they would share a step.
     generator = torch.Generator().manual_seed(cfg.seed + RANK)
     epochs = math.ceil(steps * size / n)  # a batch may reach into the next epoch
     order = torch.cat([torch.randperm(n, generator=generator) for _ in range(epochs)])
@@ -994,7 +994,7 @@ def read_mvtec(root):
     single = (root / "train").is_dir() or (root / "test").is_dir()
     found = {"train": {}, "test": {}, "ground_truth": {}}
     for path in filter(is_image, files_in(root, "*/*/*" if single else "*/*/*/*")):
-        cls, part, kind, _ = path.parts[-4:]  # of a single class cls is the root's name
+        cls, part, kind, _ = path.absolute().parts[-4:]  # of a single class cls is the root's name
         name = (cls, kind, path.stem.removesuffix("_mask"))
         if part not in found or part == "train" and kind.lower() not in GOOD:
             continue
@@ -1079,12 +1079,12 @@ def load_mask(path):
     MVTec AD's have, only those count: blur and JPEG leave small ones. A colour counts by its
     brightest channel, and what is transparent is black. [ours] D10"""
     image = open_image(path)
-    # RGBa is RGBA with colours multiplied by their opacity.
-    values = np.asarray(image.convert("RGBA").convert("RGBa"))[..., :3].max(2)  # (height, width)
-    limit = 0
-    if values.max() > 127 and image.mode != "P":
-        limit = 127
-    return Image.fromarray(values > limit)
+    if image.mode.startswith("I;16"):  # convert() would clip it
+        values = np.asarray(image) / 257
+    else:  # RGBa is RGBA with colours multiplied by their opacity
+        values = np.asarray(image.convert("RGBA").convert("RGBa"))[..., :3].max(2)
+    bright = values.max() > 127 and image.mode != "P"
+    return Image.fromarray(values > (127 if bright else 0))
 
 
 def load_batch(preprocess, samples):
@@ -1212,7 +1212,7 @@ def report(cfg, samples, size, variants, decides, checkpoint):
     """Print and write how well the maps of some variants tell good from defective samples. Returns
     image scores (N,) by variant.
 
-    variants: an iterator of pairs, a name and maps (N, size, size), so that few maps are in memory
+    variants: an iterable of pairs, a name and maps (N, size, size), so that few maps are in memory
     at once; `decides` names the one whose threshold flags images. No threshold comes from test
     labels; only F1max says what the best one would have been.
     """
@@ -1367,7 +1367,7 @@ def read_command_line(argv):
     checkpoint = None
     if cfg.command == "train" and not cfg.resume:
         places = [HERE / "data" / name for name in ("mvtec", "visa", "demo")]
-        data = cfg.data or str(next(filter(Path.is_dir, places)))
+        data = cfg.data or str(next(filter(Path.is_dir, places), places[-1]))
         demo = Path(data).resolve() == HERE / "data/demo"
         defaults = Config(data=data, **DEMO if demo else {})
     else:

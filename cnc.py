@@ -312,7 +312,7 @@ class GatedMoE(nn.Module):
 
         # Every expert computes every token, and 3 of 5 answers are multiplied by 0. To pick each
         # expert's tokens would save 5 to 8 % of a step, but make tensors of another size in every
-        # step: a process on a CPU would grow by them, and a GPU would wait for their sizes.
+        # step: on a CPU the memory in use would grow, and a GPU would wait for the sizes.
         y = 0.0
         for k, expert_k in enumerate(self.experts):
             y = y + weights[..., k, None] * expert_k(x)
@@ -373,10 +373,12 @@ def promote(v, psi, text):
     (taps, B, N, D), not normalised, since the cosine that follows does that. That CNC has a
     promotion is [paper], its form [ours] D15.
 
-    Encoded and decoded patch gain the same vector, so their difference stays. A patch gets longer
-    if its margin is above -psi |t_n - t_a|^2 / 2, since |v*|^2 = 1 + 2 psi margin + psi^2
-    |t_n - t_a|^2. If both do, the angle between them shrinks. (The average margin was above that in
-    all that was run here.)
+    Encoded and decoded patch gain the same vector, so their difference stays, and
+
+        1 - cos(e*, d*) = (|e - d|^2 - (|e*| - |d*|)^2) / (2 |e*| |d*|)
+
+    shrinks if both get longer. A patch gets longer if its margin is above -psi |t_n - t_a|^2 / 2,
+    as the average margin was in all that was run here.
     """
     direction = text[:, 0] - text[:, 1]  # (taps, D)
     return v + psi[..., None] * direction[:, None, None]
@@ -828,8 +830,8 @@ def shuffled_batches(cfg, n, steps):
     """The batches of a whole training run, lists of indices below n, epoch after epoch. They follow
     from the settings alone, so a resumed run goes on with the same ones."""
     size = cfg.batch_size // WORLD_SIZE
-    # Each process of torchrun has an order of its own: with --holdout 0 neighbours are of one
-    # class, and one order for all processes would fill a step with it.
+    # Each process of torchrun has an order of its own. The i-th images of all their shares are
+    # neighbours in the data set, often of one class: in one order they would share a step.
     generator = torch.Generator().manual_seed(cfg.seed + RANK)
     epochs = math.ceil(steps * size / n)  # a batch may reach into the next epoch
     order = torch.cat([torch.randperm(n, generator=generator) for _ in range(epochs)])
@@ -1005,7 +1007,7 @@ def read_mvtec(root):
     single = (root / "train").is_dir() or (root / "test").is_dir()
     found = {"train": {}, "test": {}, "ground_truth": {}}
     for path in filter(is_image, files_in(root, "*/*/*" if single else "*/*/*/*")):
-        cls, part, kind, _ = path.parts[-4:]  # of a single class cls is the root's name
+        cls, part, kind, _ = path.absolute().parts[-4:]  # of a single class cls is the root's name
         name = (cls, kind, path.stem.removesuffix("_mask"))
         if part not in found or part == "train" and kind.lower() not in GOOD:
             continue
@@ -1090,12 +1092,12 @@ def load_mask(path):
     MVTec AD's have, only those count: blur and JPEG leave small ones. A colour counts by its
     brightest channel, and what is transparent is black. [ours] D10"""
     image = open_image(path)
-    # RGBa is RGBA with colours multiplied by their opacity.
-    values = np.asarray(image.convert("RGBA").convert("RGBa"))[..., :3].max(2)  # (height, width)
-    limit = 0
-    if values.max() > 127 and image.mode != "P":
-        limit = 127
-    return Image.fromarray(values > limit)
+    if image.mode.startswith("I;16"):  # convert() would clip it
+        values = np.asarray(image) / 257
+    else:  # RGBa is RGBA with colours multiplied by their opacity
+        values = np.asarray(image.convert("RGBA").convert("RGBa"))[..., :3].max(2)
+    bright = values.max() > 127 and image.mode != "P"
+    return Image.fromarray(values > (127 if bright else 0))
 
 
 def load_batch(preprocess, samples):
@@ -1223,7 +1225,7 @@ def report(cfg, samples, size, variants, decides, checkpoint):
     """Print and write how well the maps of some variants tell good from defective samples. Returns
     image scores (N,) by variant.
 
-    variants: an iterator of pairs, a name and maps (N, size, size), so that few maps are in memory
+    variants: an iterable of pairs, a name and maps (N, size, size), so that few maps are in memory
     at once; `decides` names the one whose threshold flags images. No threshold comes from test
     labels; only F1max says what the best one would have been.
     """
@@ -1378,7 +1380,7 @@ def read_command_line(argv):
     checkpoint = None
     if cfg.command == "train" and not cfg.resume:
         places = [HERE / "data" / name for name in ("mvtec", "visa", "demo")]
-        data = cfg.data or str(next(filter(Path.is_dir, places)))
+        data = cfg.data or str(next(filter(Path.is_dir, places), places[-1]))
         demo = Path(data).resolve() == HERE / "data/demo"
         defaults = Config(data=data, **DEMO if demo else {})
     else:
