@@ -627,8 +627,8 @@ def train(cfg, detector, samples, checkpoint):
         if step % 20 == 0:  # seldom: item() waits for the GPU
             bar.set_postfix(loss=f"{loss.item():.4f}")
         if step % math.ceil(cfg.iters / 10) == 0 or step == cfg.iters:  # about ten times
-            state = optimizer.state_dict()
-            checkpoint = {"images": len(samples), "step": step, "optimizer": state}
+            checkpoint = {"images": [s.path.name for s in samples], "step": step,
+                          "optimizer": optimizer.state_dict()}
             save_checkpoint(cfg, detector, checkpoint)
 
     if WORLD_SIZE > 1:
@@ -800,12 +800,12 @@ def hold_out(cfg, samples, checkpoint):
     because the decoder knows its training images too well. With --holdout 0 both are all images,
     and the threshold comes out too low. [ours] D9
 
-    Raises UserError if the checkpoint was trained on more or fewer images: the draw is another.
+    Raises UserError if the checkpoint was trained on other images, perhaps on some kept back now.
     """
     kept = held = list(range(len(samples)))
     if cfg.holdout > 0:
         kept, held = train_test_split(kept, test_size=cfg.holdout, random_state=cfg.seed)
-    if checkpoint and checkpoint["images"] != len(kept):
+    if checkpoint and checkpoint["images"] != [samples[i].path.name for i in kept]:
         raise UserError(f"--data {cfg.data}: not the images of the checkpoint; train anew")
     if len(held) < 99:
         print(f"threshold: the highest score of {len(held)} images, too few for 1 % (see README)",
@@ -867,7 +867,7 @@ def save_checkpoint(cfg, detector, checkpoint):
         script, config     who wrote it, with which settings
         weights            a state_dict for each part of the detector, without a trained teacher
         fingerprint        of the teacher
-        images             how many it was trained on
+        images             the names of the files that it was trained on
         step, optimizer    to go on from
         thresholds, means  by variant, see calibrate; {} before the training is finished
         and of cada.py     cada, oracle; cnc, the settings of CNC if that is the detector
@@ -887,11 +887,13 @@ def save_checkpoint(cfg, detector, checkpoint):
         "fingerprint": fingerprint(detector.teacher)}
 
     path = Path(cfg.out, "checkpoint.pt")
+    unfinished = path.with_suffix(".partial")
     try:
-        torch.save(content, f"{path}.partial")
+        torch.save(content, unfinished)
     except RuntimeError as e:  # PyTorch's own, on a full disk for instance
+        unfinished.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written: {e}; is there room in --out?")
-    os.replace(f"{path}.partial", path)  # in one go, by the system
+    os.replace(unfinished, path)  # in one go, by the system
     for name in RESULTS:
         Path(cfg.out, name).unlink(missing_ok=True)
 
@@ -1057,7 +1059,7 @@ def open_image(path):
         raise UserError(f"cannot read image {path}: {e}; repair, convert or remove it")
     several = frames > 1 and file.format != "MPO"  # a phone's MPO is one photograph
     if several or image.mode in ("I", "F"):
-        raise UserError(f"{path}: {frames} frames of mode {image.mode}; save one image of 8 bits")
+        raise UserError(f"{path}: several frames, or 32 bits a pixel; save one image of 8 bits")
     return image
 
 
