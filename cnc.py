@@ -1262,7 +1262,8 @@ def report(cfg, samples, size, variants, decides, checkpoint):
     bad = flagged[labels == 1]  # and these True
     print(f"threshold {threshold:.4f}: flags {good.sum()} of {len(good)} good and "
           f"{bad.sum()} of {len(bad)} defective test images; more in {cfg.out}")
-    with open(Path(cfg.out, "scores.csv"), "w", newline="", encoding="utf-8") as file:
+    with open(Path(cfg.out, "scores.csv"), "w", newline="", encoding="utf-8",
+              errors="surrogateescape") as file:  # a name that is no UTF-8, as the system has it
         writer = csv.writer(file)
         writer.writerow(["path", "class", "label", "anomalous", *scores])
         writer.writerows(zip(paths, classes, labels, flagged, *scores.values()))
