@@ -655,7 +655,9 @@ def calibrate(cfg, detector, normal, held):
     # The oracle, our reading of Fig. 4(a) [ours] D7, knows labels: class means over these images.
     # CADA reads no label.
     classes = np.array([s.cls for s in normal])
-    oracle = {str(c): statistics[classes == c].mean(0) for c in np.unique(classes)}
+    oracle = {}
+    for c in np.unique(classes):
+        oracle[str(c)] = statistics[classes == c].mean(0)  # (2,)
 
     # A score is aligned like the map itself, since a mean of pixels commutes with it. The mean of
     # aligned normal maps is about 0, as `normalise` says.
@@ -950,8 +952,8 @@ class Sample:
 def files_in(folder, pattern):
     """The files that match, in name order, without hidden ones. A * follows links to folders, and
     ** does not."""
-    files = [path for path in sorted(folder.glob(pattern)) if path.is_file()]
-    return [path for path in files if "/." not in f"/{path.relative_to(folder).as_posix()}"]
+    return [path for path in sorted(folder.glob(pattern))
+            if path.is_file() and "/." not in f"/{path.relative_to(folder).as_posix()}"]
 
 
 def is_image(path):

@@ -963,8 +963,8 @@ class Sample:
 def files_in(folder, pattern):
     """The files that match, in name order, without hidden ones. A * follows links to folders, and
     ** does not."""
-    files = [path for path in sorted(folder.glob(pattern)) if path.is_file()]
-    return [path for path in files if "/." not in f"/{path.relative_to(folder).as_posix()}"]
+    return [path for path in sorted(folder.glob(pattern))
+            if path.is_file() and "/." not in f"/{path.relative_to(folder).as_posix()}"]
 
 
 def is_image(path):
