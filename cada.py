@@ -368,7 +368,7 @@ COMPONENTS = 256  # principal components of the features that the regression rea
 PENALTIES = np.logspace(-4, 2, 13)  # candidates for its ridge penalty
 MOST_IMAGES = 4000  # that CADA learns from; memory grows with the square of this number
 ROUNDS = 5  # of regressions: the first on the images' statistics, each later one on levels
-WITHIN = 0.5**2  # levels merge up to this mean square distance from the level's mean, in errors
+WITHIN = 0.5**2  # levels merge until images lie half an error (rms) from their level's mean
 LEAST_ERROR = 0.01  # a smaller error counts as this one: to alignment 1 % is as good as exact
 
 
@@ -421,9 +421,9 @@ def find_levels(unseen, y):
     """Put images together that the regression hardly tells apart. [ours] D6
 
     unseen: its predictions (N, 2); y: the images' own log_statistics (N, 2). Returns the level of
-    each image (N,), numbers from 0 on, and the regression's error (2,), a standard deviation. It is
-    measured against y in every round: later targets are easier to predict, so their error would
-    shrink and cut the levels ever finer.
+    each image (N,), numbers from 0 on, and the error (2,), the standard deviation of y - unseen,
+    which is the unit of distance here. It is always that of y, not of a later round's targets:
+    these are easier to predict, so the unit would shrink and cut the levels ever finer.
     """
     error = np.maximum((y - unseen).std(0), LEAST_ERROR)
 
@@ -643,8 +643,8 @@ def calibrate(cfg, detector, normal, held):
     Returns what the checkpoint keeps of it.
 
     CADA learns from all normal images, those held out included: else it would know only maps of
-    images that the detector was trained on. The threshold's promise is a little weaker for it where
-    classes are small.
+    images that the detector was trained on. So a held-out image has moved its own level a little,
+    more in a small class, and the threshold's promise is a little weaker.
     """
     # Of each map three numbers are kept: all maps of VisA would take gigabytes.
     parts = [(pooled, map_statistics(maps), image_score(smooth(maps)))
@@ -674,9 +674,9 @@ def aligned_maps(raw, features, samples, checkpoint):
     "oracle", aligned by the statistics of the true class, if the checkpoint knows all these
     classes; "regress", aligned by the regression alone; "cada", aligned by CADA.
 
-    "pooled" should rise from raw to cada, and "class mean" should not fall. Where it falls, the
-    prediction has taken defects for classes. (The oracle knows the class but not the image, so it
-    is no upper limit.)
+    In the table, "pooled" (one ranking of all images) should rise from raw to cada. "class mean" (a
+    ranking per class, where scale costs nothing) should not fall: else defects passed for classes.
+    (The oracle knows the class but not the image, so it is no upper limit.)
     """
     yield "raw", raw
     oracle = checkpoint["oracle"]
@@ -777,7 +777,8 @@ def adopt_cnc(cfg):
     checkpoint["optimizer"] = None  # CNC learns no more
     cfg.seed = checkpoint["cnc"]["seed"]
     cfg.holdout = checkpoint["cnc"]["holdout"]
-    cfg.weights = checkpoint["cnc"]["weights"]
+    if not os.path.isfile(cfg.weights):
+        cfg.weights = checkpoint["cnc"]["weights"]
     if cfg.out == Config.out:  # that is RevDist's
         cfg.out = "runs/cada-on-cnc"
     return checkpoint
@@ -819,8 +820,8 @@ def shuffled_batches(cfg, n, steps):
     """The batches of a whole training run, lists of indices below n, epoch after epoch. They follow
     from the settings alone, so a resumed run goes on with the same ones."""
     size = cfg.batch_size // WORLD_SIZE
-    # Each process of torchrun has an order of its own. The i-th images of all their shares are
-    # neighbours in the data set, often of one class: in one order they would share a step.
+    # Each process of torchrun has an order of its own. The i-th images of all shares are neighbours
+    # in the data set, often of one class: if all had the same order, these would meet in one step.
     generator = torch.Generator().manual_seed(cfg.seed + RANK)
     epochs = math.ceil(steps * size / n)  # a batch may reach into the next epoch
     order = torch.cat([torch.randperm(n, generator=generator) for _ in range(epochs)])
@@ -1360,11 +1361,11 @@ def read_command_line(argv):
     checkpoint that cannot be used, and for settings that are impossible.
 
     tyro makes a flag of each field of Config, and its help of the comment beside it. A flag
-    overrides everything. Settings without a flag come from
+    overrides all but what --cnc takes over. Settings without a flag come from
 
         train, on data/demo       DEMO, and for the rest the defaults of Config
         train, on other data      the defaults of Config
-        eval, predict, --resume   the checkpoint
+        eval, predict, --resume   the checkpoint; --out is its folder
 
     so the command line is read twice: first to learn which of these it is.
     """

@@ -124,8 +124,8 @@ class Config:
     lr: float = 1e-3  # Adam learning rate [paper]
     experts: int = 5  # experts of the gated mixture [paper]
     top_k: int = 2  # experts that each token uses [paper]
-    # epochs of warm-up, value [paper]: the prompts learn, and the decoder is not yet guided
-    # [ours] D18
+    # epochs of warm-up; the number is [paper]. In them the prompts learn and do not guide the
+    # decoder yet, which is [ours] D18
     theta: int = 5
     tau: float = 0.001  # temperature of the constraint [paper], role [ours] D17
     moe: bool = True  # gated mixture of experts; --no-moe: one expert for all tokens
@@ -830,8 +830,8 @@ def shuffled_batches(cfg, n, steps):
     """The batches of a whole training run, lists of indices below n, epoch after epoch. They follow
     from the settings alone, so a resumed run goes on with the same ones."""
     size = cfg.batch_size // WORLD_SIZE
-    # Each process of torchrun has an order of its own. The i-th images of all their shares are
-    # neighbours in the data set, often of one class: in one order they would share a step.
+    # Each process of torchrun has an order of its own. The i-th images of all shares are neighbours
+    # in the data set, often of one class: if all had the same order, these would meet in one step.
     generator = torch.Generator().manual_seed(cfg.seed + RANK)
     epochs = math.ceil(steps * size / n)  # a batch may reach into the next epoch
     order = torch.cat([torch.randperm(n, generator=generator) for _ in range(epochs)])
@@ -1371,11 +1371,11 @@ def read_command_line(argv):
     checkpoint that cannot be used, and for settings that are impossible.
 
     tyro makes a flag of each field of Config, and its help of the comment beside it. A flag
-    overrides everything. Settings without a flag come from
+    overrides all but what --cnc takes over. Settings without a flag come from
 
         train, on data/demo       DEMO, and for the rest the defaults of Config
         train, on other data      the defaults of Config
-        eval, predict, --resume   the checkpoint
+        eval, predict, --resume   the checkpoint; --out is its folder
 
     so the command line is read twice: first to learn which of these it is.
     """
