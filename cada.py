@@ -627,7 +627,7 @@ def train(cfg, detector, samples, checkpoint):
         if step % 20 == 0:  # seldom: item() waits for the GPU
             bar.set_postfix(loss=f"{loss.item():.4f}")
         if step % math.ceil(cfg.iters / 10) == 0 or step == cfg.iters:  # about ten times
-            checkpoint = {"images": [s.path.name for s in samples], "step": step,
+            checkpoint = {"images": [(s.cls, s.path.name) for s in samples], "step": step,
                           "optimizer": optimizer.state_dict()}
             save_checkpoint(cfg, detector, checkpoint)
 
@@ -761,7 +761,7 @@ def plot_distributions(cfg, samples, scores, thresholds):
         ax.axvline(thresholds[variant], color="black", linestyle="--")
         ax.set_title(variant)
     panels[0].set_yticks(range(len(names)), [name[:14] for name in names], parse_math=False)
-    panels[0].invert_yaxis()  # of both panels
+    panels[0].set_ylim(len(names) - 0.5, -0.5)  # of both panels; downwards
     figure.supxlabel("image score; blue: normal, orange: anomalous, dashed: threshold")
     figure.savefig(Path(cfg.out, "distributions.png"), dpi=150)
 
@@ -808,11 +808,12 @@ def hold_out(cfg, samples, checkpoint):
     kept = held = list(range(len(samples)))
     if cfg.holdout > 0:
         kept, held = train_test_split(kept, test_size=cfg.holdout, random_state=cfg.seed)
-    if checkpoint and checkpoint["images"] != [samples[i].path.name for i in kept]:
-        raise UserError(f"--data {cfg.data}: not the images of the checkpoint; train anew")
+    images = [(samples[i].cls, samples[i].path.name) for i in kept]
+    if checkpoint and checkpoint["images"] != images:
+        raise UserError(f"--data {cfg.data}: not the images of the checkpoint; give its --data")
     if len(held) < 99:
-        print(f"threshold: the highest score of {len(held)} images, too few for 1 % (see README)",
-              file=sys.stderr)
+        print(f"threshold: the highest score of {len(held)} normal images; false alarms: up to "
+              f"{1 / (len(held) + 1):.0%}", file=sys.stderr)
     return kept, held
 
 
@@ -870,7 +871,7 @@ def save_checkpoint(cfg, detector, checkpoint):
         script, config     who wrote it, with which settings
         weights            a state_dict for each part of the detector, without a trained teacher
         fingerprint        of the teacher
-        images             the names of the files that it was trained on
+        images             class and file name of each image that it was trained on
         step, optimizer    to go on from
         thresholds, means  by variant, see calibrate; {} before the training is finished
         and of cada.py     cada, oracle; cnc, the settings of CNC if that is the detector
@@ -893,10 +894,11 @@ def save_checkpoint(cfg, detector, checkpoint):
     unfinished = path.with_suffix(".partial")
     try:
         torch.save(content, unfinished)
+        os.replace(unfinished, path)  # in one go, by the system
     except RuntimeError as e:  # PyTorch's own, on a full disk for instance
-        unfinished.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written: {e}; is there room in --out?")
-    os.replace(unfinished, path)  # in one go, by the system
+    finally:
+        unfinished.unlink(missing_ok=True)
     for name in RESULTS:
         Path(cfg.out, name).unlink(missing_ok=True)
 
@@ -971,7 +973,7 @@ def read_dataset(root, training=True):
     train, test = read_visa(root) if visa else read_mvtec(root)
     images = train + test if training else test
     if not images:
-        raise UserError(f"--data {root}: no images in <class>/train/good and <class>/test/<kind>")
+        raise UserError(f"--data {root}: {len(train)} training, 0 test images; see data/README.md")
     untrained = {s.cls for s in test} - {s.cls for s in train}
     if training and (len(train) < 10 or untrained):
         raise UserError(f"--data {root}: {len(train)} training images, classes without: "
@@ -1004,7 +1006,8 @@ def read_mvtec(root):
         if part not in found or part == "train" and kind.lower() not in GOOD:
             continue
         if name in found[part]:
-            raise UserError(f"{path} shares its name with {found[part][name]}; rename or move one")
+            raise UserError(f"{path} shares its name with {found[part][name]}; rename one, and "
+                            "keep masks in ground_truth")
         found[part][name] = path
 
     train = [Sample(path, cls) for (cls, _, _), path in found["train"].items()]
@@ -1307,7 +1310,10 @@ def images_to_score(cfg):
     samples = []
     others = []
     for place in map(Path, cfg.paths):
-        for path in files_in(place, "**/*") if place.is_dir() else [place]:
+        if not place.is_dir():
+            samples.append(Sample(place))
+            continue
+        for path in files_in(place, "**/*"):
             if not is_image(path):
                 others.append(path)
             elif own.isdisjoint([path.resolve(), *path.resolve().parents]):
@@ -1440,7 +1446,7 @@ def main(argv=None):
         return 0
     except KeyboardInterrupt:
         code = 130
-        error = "interrupted; --resume goes on from the last checkpoint in --out, if any"
+        error = "interrupted; --resume goes on with a training from its last checkpoint"
     except torch.OutOfMemoryError:
         error = "the GPU's memory is full; lower --batch-size"
     except (UserError, OSError) as e:  # a missing or unwritable file's own message names it

@@ -1013,9 +1013,11 @@ def test_resume_wants_the_same_images(tree, trained, tmp_path, capsys):
     assert run(cada, "eval", "--out", out, "--data", tree / "b") == 0
     assert {row["class"] for row in scores_of(out)} == {"b"}
 
-    draw(tree / "a/train/good/010.png", 0)
-    assert run(cada, *words, "--iters", 4) == 2
-    assert "not the images of the checkpoint" in capsys.readouterr().err.splitlines()[-1]
+    for command in ("cp a/train/good/000.png a/train/good/010.png",
+                    "rm a/train/good/010.png; mv b c"):  # another class, with files of equal names
+        spoil(tree, command)
+        assert run(cada, *words, "--iters", 4) == 2
+        assert "not the images of the checkpoint" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("later, code, says", [(math.nan, 2, "lower --lr"),
@@ -1044,7 +1046,7 @@ def test_threshold_comes_from_images_kept_back(data, trained, capsys):
     kept, held = cnc.hold_out(cfg, normal, checkpoint)
     everything = list(range(20))
     assert sorted(kept + held) == everything
-    assert "highest score of 4 images" in capsys.readouterr().err
+    assert "highest score of 4 normal images; false alarms: up to 20%" in capsys.readouterr().err
     detector = cnc.build(cfg, checkpoint)
     _, maps = zip(*cnc.describe_images(cfg, detector, normal))
     scores = cnc.image_score(cnc.smooth(torch.cat(maps)))
@@ -1257,10 +1259,10 @@ BAD_COMMAND_LINES = [  # (script, command line, what the message must say)
     (cada, "eval --checkpoint nowhere.pt", "nowhere.pt: no checkpoint of cada.py"),
     (cada, "eval --checkpoint {cnc}", "cnc.py wrote it"),
     (cada, "eval --checkpoint {cada} --image-size 96", "--image_size: the checkpoint"),
-    (cada, "eval --checkpoint {cada} --data {empty}", "{empty}: no images"),
+    (cada, "eval --checkpoint {cada} --data {empty}", "{empty}: 0 training, 0 test images"),
     (cada, "--resume --checkpoint {cada} --seed 1", "--seed: the checkpoint"),
     (cada, "--resume --checkpoint {cada} --holdout 0.3", "--holdout: the checkpoint"),
-    (cada, "predict nowhere.png --checkpoint {cada}", "nowhere.png"),
+    (cada, "predict {other} nowhere --checkpoint {cada}", "cannot read image nowhere"),
     (cada, "predict {empty} --checkpoint {cada}", "no image to score in {empty}"),
     (cada, "predict {other} {broken} --checkpoint {cada}", "cannot read image {broken}"),
     (cnc, "{train} --top-k 6", "--top-k"),
