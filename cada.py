@@ -753,7 +753,7 @@ def plot_distributions(cfg, samples, scores, thresholds):
     place, one threshold serves them all."""
     labels = np.array([s.label for s in samples])
     names, line = np.unique([s.cls for s in samples], return_inverse=True)
-    colours = np.where(labels == 1, "#D55E00", "#0072B2")  # colour-blind readers see them, too
+    colours = np.where(labels == 1, "#D55E00", "#0072B2")  # colour-blind readers tell them apart
     figure = Figure(figsize=(12, 1.8 + 0.5 * len(names)), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for ax, variant in zip(panels, ("raw", "cada")):
@@ -812,8 +812,8 @@ def hold_out(cfg, samples, checkpoint):
     if checkpoint and checkpoint["images"] != images:
         raise UserError(f"--data {cfg.data}: not the images of the checkpoint; give its --data")
     if len(held) < 99:
-        print(f"threshold: the highest score of {len(held)} normal images; false alarms: up to "
-              f"{1 / (len(held) + 1):.0%}", file=sys.stderr)
+        print(f"threshold: the highest score of {len(held)} normal images; expect "
+              f"{1 / (len(held) + 1):.0%} of false alarms or more", file=sys.stderr)
     return kept, held
 
 

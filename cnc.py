@@ -734,7 +734,9 @@ def load_clip(cfg):
                 clip = open_clip.create_model(name, pretrained, force_image_size=cfg.image_size,
                                               pretrained_text=False)
             tokenizer = open_clip.get_tokenizer(name)
-        if not (isinstance(clip, open_clip.CLIP) and hasattr(clip.visual, "class_embedding")):
+        plain_text = isinstance(tokenizer, open_clip.SimpleTokenizer)
+        plain_image = getattr(clip.visual, "pool_type", "") == "tok"
+        if not (isinstance(clip, open_clip.CLIP) and plain_text and plain_image):
             raise ValueError("not a plain ViT with a CLS token and a text tower of CLIP's kind")
         return clip, tokenizer
     except Exception as e:  # a failed download, a broken file, an unknown name: many kinds
@@ -822,8 +824,8 @@ def hold_out(cfg, samples, checkpoint):
     if checkpoint and checkpoint["images"] != images:
         raise UserError(f"--data {cfg.data}: not the images of the checkpoint; give its --data")
     if len(held) < 99:
-        print(f"threshold: the highest score of {len(held)} normal images; false alarms: up to "
-              f"{1 / (len(held) + 1):.0%}", file=sys.stderr)
+        print(f"threshold: the highest score of {len(held)} normal images; expect "
+              f"{1 / (len(held) + 1):.0%} of false alarms or more", file=sys.stderr)
     return kept, held
 
 
