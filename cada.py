@@ -34,15 +34,15 @@ From paper to code:
     RevDist, the base detector [paper]           Teacher, Student, RevDist
     cosine loss per flattened layer [author]     RevDist.forward
     anomaly map A [author]                       RevDist.describe
-    prediction of (u, gamma) [paper]             fit_regression; its form: [ours] D5
-    snapping of the prediction [ours] D6         find_levels, CADA.fit, CADA.predict
-    alignment A' [author]                        normalise
+    prediction of (u, gamma) [paper]             fit_regression, regress; their form: [ours] D5
+    alignment A' [author]                        align
+    levels, beyond the paper [ours] D6           find_levels, CADA
     Fig. 4(a), labels known: the "oracle"        calibrate, aligned_maps; [ours] D7
     absolute-unified evaluation [paper]          the rows "pooled" of the table
 
-Read it from the top. Down to the appendix it is the paper: the method, in the order in which an
-image passes through it, then training and evaluation. The appendix is what any such script needs.
-Sections between `shared` banners stand in cnc.py letter for letter.
+Read it from the top: first the method, in the order in which an image passes through it, then
+training and evaluation. The appendix is what any such script needs. Sections between `shared`
+banners stand in cnc.py letter for letter.
 
     python cada.py                                     train and evaluate; without data/mvtec and
                                                        data/visa on the small set in data/demo
@@ -56,7 +56,6 @@ import csv
 import json
 import math
 import os
-import signal
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -64,8 +63,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
-
-os.environ.pop("MPLBACKEND", None)  # figures are files here; a notebook's backend may be missing
 
 import numpy as np
 import torch
@@ -88,6 +85,24 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 
+# ==== shared: errors and half precision
+
+class UserError(Exception):
+    """A mistake that the user can mend. main() prints its one line and ends with exit code 2."""
+
+
+def half_precision(x, dtype):
+    """A context in which matrix products and convolutions run in `dtype`, float16 or bfloat16, if x
+    is on a GPU that can. [ours] D11
+
+    Elsewhere it does nothing: not every CPU has a fast half precision, and a V100 only emulates
+    bfloat16.
+    """
+    able = dtype == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast("cuda", dtype, enabled=x.is_cuda and able)
+# ==== end shared
+
+
 # ---- settings ------------------------------------------------------------------------------------
 # The comment beside or above a field is also what --help says.
 
@@ -96,8 +111,8 @@ class Config:
     """Train and evaluate CADA on RevDist, evaluate a checkpoint again, or score images with it.
 
     The defaults are for MVTec AD and VisA, the field's two usual data sets. They train RevDist as
-    CADA's first author trains ReContrast, a sibling of it, in public code [author]. On data/demo a
-    smaller teacher and fewer steps replace them.
+    CADA's first author trains ReContrast, another reverse distillation, in public code [author]. On
+    data/demo a smaller teacher and fewer steps replace them.
     """
 
     teacher: str = "wide_resnet50_2"  # frozen ResNet of torchvision's; this one is RD's
@@ -107,8 +122,8 @@ class Config:
     batch_size: int = 16  # images a training step [author], of all processes of torchrun together
     iters: int = 5000  # training steps of the detector [author]
     lr: float = 2e-3  # AdamW learning rate, x 0.2 at 80 % of the steps [author]
-    # checkpoint of cnc.py: CADA aligns the CNC in it in place of RevDist, trains no detector, and
-    # takes over its seed, its images held out and its weights
+    # checkpoint of cnc.py: CADA aligns the CNC in it in place of RevDist, and all settings above,
+    # seed and holdout are CNC's
     cnc: str = ""
 
     # train (and evaluate), evaluate a checkpoint, or predict: score images of unknown label
@@ -128,19 +143,9 @@ class Config:
     checkpoint: str = ""
     resume: bool = False  # go on with an interrupted training
 
-    def check(self):
-        """Raises UserError for what RANGES cannot say."""
-        if self.image_size % 32:
-            raise UserError("--image-size: give a multiple of 32, such as 256")
 
-
-# Settings that a checkpoint fixes: with other ones it would not fit, or not mean the same.
-FIXED = ("teacher", "image_size", "cnc", "seed", "holdout")
-RANGES = {"image_size": (64, 4096), "batch_size": (1, 10**6), "iters": (1, 10**9), "lr": (0, 1),
-          "seed": (0, 2**32 - 1), "holdout": (0, 0.9), "workers": (0, 1000)}
 # On the demo set two CPU cores are enough. [ours] D1
-DEMO = {"teacher": "resnet18", "weights": "none", "image_size": 128, "iters": 200, "workers": 0}
-
+DEMO = {"teacher": "resnet18", "weights": "none", "image_size": 128, "iters": 400, "workers": 0}
 
 # ---- frozen teacher ------------------------------------------------------------------------------
 # The teacher was trained on other images (ImageNet) for another task. What it says of an image is
@@ -152,23 +157,12 @@ class Teacher(nn.Module):
     forward: (B, 3, S, S) -> [(B, C1, S/4, S/4), (B, C2, S/8, S/8), (B, C3, S/16, S/16)].
     They are float16, so that they can be stored [ours] D2: after BatchNorm features are small, and
     want the digits of float16 more than the range of bfloat16.
-    Raises UserError for an unknown name, and for weights that cannot be had or do not fit.
     """
 
-    def __init__(self, name, weights, seed):
+    def __init__(self, resnet, random):
         super().__init__()
-        self.random = weights == "none"
-        # A random stream of its own: teacher and student do not depend on each other's draws.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            try:
-                resnet = load_resnet(name, weights)
-                stem = nn.Sequential(resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool)
-            except Exception as e:  # unknown, no network, weights that do not fit: many kinds
-                raise UserError(f"--teacher {name} --weights {weights}: {str(e)[:200]}; give a "
-                                "ResNet of torchvision's and a tag or file of its weights, or none")
-
-        self.stem = stem
+        self.random = random  # whether the weights are random, and not trained ones
+        self.stem = nn.Sequential(resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool)
         self.layer1 = resnet.layer1
         self.layer2 = resnet.layer2
         self.layer3 = resnet.layer3
@@ -180,21 +174,11 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, x):
-        with autocast(x, torch.float16):
+        with half_precision(x, torch.float16):
             f1 = self.layer1(self.stem(x))
             f2 = self.layer2(f1)
             f3 = self.layer3(f2)
         return [f1.half(), f2.half(), f3.half()]
-
-
-def load_resnet(name, weights):
-    """A ResNet of torchvision's with weights from a file or a tag, or with random ones ("none")."""
-    if weights != "none" and not Path(weights).is_file():
-        return torchvision.models.get_model(name, weights=weights)
-    resnet = torchvision.models.get_model(name, weights=None)
-    if weights != "none":
-        resnet.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    return resnet
 
 
 # ---- RevDist student -----------------------------------------------------------------------------
@@ -202,36 +186,40 @@ def load_resnet(name, weights):
 # the end, squeezes it through a bottleneck, and must say again what the teacher said on the way.
 # The bottleneck has room for what normal images have in common, and hopefully none for a defect.
 
+downsample2x = partial(torchvision.ops.Conv2dNormActivation, kernel_size=3, stride=2)  # and ReLU
+upsample2x = partial(nn.ConvTranspose2d, kernel_size=2, stride=2, bias=False)
+
+
 def residual_stage(resnet, in_channels, planes, depth, up):
-    """`depth` residual blocks of the kind that `resnet` has. The first block halves height and
-    width, or doubles them if `up`:
+    """`depth` residual blocks of the kind that `resnet` has: BasicBlock (expansion 1) or Bottleneck
+    (expansion 4). The first halves height and width, or doubles them if `up`:
     (B, in_channels, H, W) -> (B, planes * expansion, H/2, W/2 or 2H, 2W).
 
-    Without `up` this is torchvision's own stage. With `up` two layers of its first block differ:
+    Without `up` this is torchvision's own stage. With `up` two layers of its first block are
+    replaced:
 
                                  down (torchvision's own)   up (the mirror image)
         shortcut                 1x1, stride 2              2x2 transposed, stride 2
         BasicBlock's conv1       3x3, stride 2              2x2 transposed, stride 2
         or Bottleneck's conv2    3x3, stride 2              2x2 transposed, stride 2
     """
-    block = type(resnet.layer1[0])  # BasicBlock (expansion 1) or Bottleneck (expansion 4)
-    options = {"groups": resnet.groups, "base_width": resnet.base_width}  # ResNeXt, Wide ResNet
-    out_channels = planes * block.expansion
-    double = partial(nn.ConvTranspose2d, kernel_size=2, stride=2, bias=False)
+    kind = type(resnet.layer1[0])
+    block = partial(kind, groups=resnet.groups, base_width=resnet.base_width)
+    out_channels = planes * kind.expansion
     if up:
-        shortcut = double(in_channels, out_channels)
+        shortcut = upsample2x(in_channels, out_channels)
     else:
         shortcut = nn.Conv2d(in_channels, out_channels, 1, stride=2, bias=False)
     shortcut = nn.Sequential(shortcut, nn.BatchNorm2d(out_channels))
 
-    first = block(in_channels, planes, stride=2, downsample=shortcut, **options)
-    if up and block is BasicBlock:
-        first.conv1 = double(in_channels, planes)
+    first = block(in_channels, planes, stride=2, downsample=shortcut)
+    if up and kind is BasicBlock:
+        first.conv1 = upsample2x(in_channels, planes)
     elif up:
         width = first.conv2.in_channels
-        first.conv2 = double(width, width, groups=resnet.groups)
+        first.conv2 = upsample2x(width, width, groups=resnet.groups)
 
-    others = [block(out_channels, planes, **options) for _ in range(depth - 1)]
+    others = [block(out_channels, planes) for _ in range(depth - 1)]
     return nn.Sequential(first, *others)
 
 
@@ -245,27 +233,23 @@ class Student(nn.Module):
     83.80 M parameters for wide_resnet50_2: fusion 10.62, bottleneck 48.26, decoder 24.92.
     """
 
-    def __init__(self, teacher_name):
+    def __init__(self, resnet):
         super().__init__()
-        with torch.device("meta"):  # only its layout is read, so no memory is spent on it
-            layout = torchvision.models.get_model(teacher_name, weights=None)
-        expansion = type(layout.layer1[0]).expansion
-        c1 = 64 * expansion
-        c2 = 128 * expansion
-        c3 = 256 * expansion
+        c1 = 64 * resnet.layer1[0].expansion
+        c2 = 2 * c1
+        c3 = 4 * c1
 
         # All three layers meet at the size of the deepest, S/16: layer1 is halved twice on its way
         # (3x3, stride 2, BatchNorm, ReLU), layer2 once.
-        halve = partial(torchvision.ops.Conv2dNormActivation, kernel_size=3, stride=2)
-        self.fuse1 = nn.Sequential(halve(c1, c2), halve(c2, c3))
-        self.fuse2 = halve(c2, c3)
-        self.bottleneck = residual_stage(layout, 3 * c3, 512, len(layout.layer4), up=False)
+        self.fuse1 = nn.Sequential(downsample2x(c1, c2), downsample2x(c2, c3))
+        self.fuse2 = downsample2x(c2, c3)
+        self.bottleneck = residual_stage(resnet, 3 * c3, 512, len(resnet.layer4), up=False)
 
         # The numbers of blocks run as in the encoder (3, 4, 6 for wide_resnet50_2): decode3, the
         # first to run, has as many as layer1, not as layer3. That is how RD's code has it.
-        self.decode3 = residual_stage(layout, 2 * c3, 256, len(layout.layer1), up=True)
-        self.decode2 = residual_stage(layout, c3, 128, len(layout.layer2), up=True)
-        self.decode1 = residual_stage(layout, c2, 64, len(layout.layer3), up=True)
+        self.decode3 = residual_stage(resnet, 2 * c3, 256, len(resnet.layer1), up=True)
+        self.decode2 = residual_stage(resnet, c3, 128, len(resnet.layer2), up=True)
+        self.decode1 = residual_stage(resnet, c2, 64, len(resnet.layer3), up=True)
 
         for m in self.modules():
             if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
@@ -299,7 +283,6 @@ class RevDist(nn.Module):
         forward        features -> loss, a scalar
         describe       features -> pooled features (B, F), raw anomaly maps (B, S, S)
         size           S
-        student        the part that learns
     """
 
     def __init__(self, cfg):
@@ -309,8 +292,9 @@ class RevDist(nn.Module):
         self.preprocess = Compose([Resize((self.size, self.size)), PILToTensor()])
         normalise_colours = Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
         self.standardise = Compose([ConvertImageDtype(torch.float32), normalise_colours])
-        self.teacher = Teacher(cfg.teacher, cfg.weights, cfg.seed)
-        self.student = Student(cfg.teacher)
+        resnet = load_resnet(cfg.teacher, cfg.weights, cfg.seed)
+        self.teacher = Teacher(resnet, random=cfg.weights == "none")
+        self.student = Student(resnet)  # reads the layout, takes nothing of the weights
 
     def decode(self, features):
         """Teacher features -> the same, and the student's version. Both are float32, because 1 -
@@ -318,16 +302,16 @@ class RevDist(nn.Module):
         # One memory layout, cuDNN's own, for features from the cache and from the teacher, because
         # the layout decides how a convolution rounds.
         encoded = [f.float().contiguous(memory_format=torch.channels_last) for f in features]
-        with autocast(features[0], torch.bfloat16):
+        with half_precision(features[0], torch.bfloat16):
             decoded = self.student(encoded)
         return encoded, [d.float() for d in decoded]
 
     def forward(self, features):
         """The loss: the sum over three layers of 1 - cosine, a scalar in 0..6.
 
-        A layer of an image is one long vector, so a position counts by the norms of its features.
-        [author] In the anomaly map all positions count alike; a loss that treats them alike, too,
-        gave the same result within the spread of seeds.
+        The cosine is that of whole layers, flattened to one vector an image [author], so positions
+        with large features count for more. In the anomaly map all positions count alike. (A loss by
+        positions gave the same results within the spread of seeds.)
         """
         encoded, decoded = self.decode(features)
         loss = 0.0
@@ -358,19 +342,10 @@ class RevDist(nn.Module):
         return torch.cat(pooled, dim=1), maps
 
 
-# ---- CADA ----------------------------------------------------------------------------------------
-# Take u and gamma of each normal map; learn to predict them from the features of the image; rescale
-# maps by what is predicted. Nothing in this section knows of RevDist.
-
-# Numbers of the regression and of the levels, chosen by trial on a few small sets. A level is a
-# group of images for which the regression predicts nearly the same. [ours] D5, [ours] D6
-COMPONENTS = 256  # principal components of the features that the regression reads
-PENALTIES = np.logspace(-4, 2, 13)  # candidates for its ridge penalty
-MOST_IMAGES = 4000  # that CADA learns from; memory grows with the square of this number
-ROUNDS = 5  # of regressions: the first on the images' statistics, each later one on levels
-WITHIN = 0.5**2  # levels merge until images lie half an error (rms) from their level's mean
-LEAST_ERROR = 0.01  # a smaller error counts as this one: to alignment 1 % is as good as exact
-
+# ---- CADA, what is known of it -------------------------------------------------------------------
+# A regression predicts u and gamma from the image [paper]; the map is aligned by them [author], in
+# `evaluation_batch` of ReContrast's utils.py; no class label is used [paper]. That is in
+# `map_statistics`, `fit_regression`, `regress` and `align`. Nothing here knows of RevDist.
 
 def map_statistics(maps):
     """(N, H, W) -> (N, 2): u, the mean, and gamma, the maximum, of each map. gamma lies above u
@@ -385,7 +360,7 @@ def log_statistics(statistics):
     """(N, 2), u and gamma -> (N, 2), log u and log(gamma - u).
 
     Classes differ by factors, and a logarithm turns factors into differences. So maps must be above
-    0, as distances are. A value below a thousandth of the median counts as that.
+    0, as distances are. A value below a thousandth of the median of these N counts as that.
     """
     u, gamma = statistics.unbind(1)
     values = torch.stack([u, gamma - u], dim=1)
@@ -400,21 +375,58 @@ def direction(features, mean, std):
     return F.normalize(((features.float() - mean) / std).clamp(-3, 3))
 
 
+PENALTIES = np.logspace(-4, 2, 13)  # candidates for the penalty of the ridge regression
+
+
 def fit_regression(x, y):
     """The regression, y = x weight + bias, from features (N, P) to logarithms (N, 2).
 
-    That a regression predicts u and gamma is [paper]; that it is linear, with a penalty for each
-    column of y, is [ours] D5. Returns weight (P, 2), bias (2,) and `unseen` (N, 2): what a fit on
-    all other images predicts for each image (leave-one-out), by which the penalties are chosen.
+    That a regression predicts u and gamma is [paper]; that it is linear, with a penalty, is ours
+    [ours] D5. Returns weight (P, 2), bias (2,) and `unseen` (N, 2): what a fit on all other images
+    predicts for each image (leave-one-out), by which the penalty is chosen.
     """
-    ridge = RidgeCV(PENALTIES, alpha_per_target=True, scoring="neg_mean_squared_error",
-                    store_cv_results=True)
-    ridge.fit(x, y)
-    chosen = np.searchsorted(PENALTIES, ridge.alpha_)  # (2,)
-    # With a `scoring` given, cv_results_ holds leave-one-out predictions of y, (N, 2, penalties).
-    # Take those of each column's penalty.
-    unseen = ridge.cv_results_[:, [0, 1], chosen]
-    return ridge.coef_.T, ridge.intercept_, unseen
+    ridge = RidgeCV(PENALTIES, scoring="neg_mean_squared_error", store_cv_results=True)
+    ridge.fit(x.numpy(), y.numpy())
+    chosen = list(PENALTIES).index(ridge.alpha_)
+    # With a `scoring` given, cv_results_ holds leave-one-out predictions, (N, 2, penalties).
+    unseen = ridge.cv_results_[:, :, chosen]
+    return tuple(map(torch.from_numpy, (ridge.coef_.T, ridge.intercept_, unseen)))
+
+
+def regress(x, weight, bias):
+    """What the regression predicts: (N, P), (P, 2), (2,) -> u (N,) and gamma (N,), gamma > u."""
+    u, contrast = (x @ weight + bias).exp().unbind(1)
+    return u, u + contrast
+
+
+def align(maps, u, gamma):
+    """A' = (A - u) / (gamma - u), image by image: (N, H, W), (N,), (N,) -> (N, H, W). [author]
+
+    0 is the mean of normal maps of the class and 1 their typical maximum, whatever the class is.
+    Typical is the median: about half of normal maps exceed 1 before the blur, and fewer after it.
+    """
+    u = u[:, None, None]
+    gamma = gamma[:, None, None]
+    return (maps - u) / (gamma - u)
+
+
+# ---- CADA, beyond the paper: levels --------------------------------------------------------------
+# A defect that moves the features moves what a regression predicts. So we let the prediction snap
+# [ours] D6: on normal images the predictions crowd around *levels*, and an image gets the median
+# statistics of the level that its prediction is nearest to. To do harm, a defect must move the
+# prediction nearer to another level. One who reads for the paper alone may go on to "score".
+#
+# The regression learns in rounds. In the first its targets are the images' own statistics; after
+# it they are the medians of the levels, which pulls the images of a level together. Rounds matter
+# where classes differ much in scale: with the detector of the README's example the pooled I-AUROC
+# is @@R0 without levels, and with @@R1, @@R2, @@R5 after 1, 2, 5 rounds.
+
+# These were chosen by trial, on a few small sets, by their test labels (see the README). [ours] D6
+ROUNDS = 5  # of regressions
+WITHIN = 0.5**2  # levels merge until images lie half an error (rms) from their level's mean
+LEAST_ERROR = 0.01  # a smaller error counts as this one: to alignment 1 % is as good as exact
+COMPONENTS = 256  # principal components of the features that the regression reads [ours] D5
+MOST_IMAGES = 4000  # that CADA learns from; memory grows with the square of this number
 
 
 def find_levels(unseen, y):
@@ -425,20 +437,22 @@ def find_levels(unseen, y):
     which is the unit of distance here. It is always that of y, not of a later round's targets:
     these are easier to predict, so the unit would shrink and cut the levels ever finer.
     """
-    error = np.maximum((y - unseen).std(0), LEAST_ERROR)
+    error = (y - unseen).std(0).clamp(min=LEAST_ERROR)
 
-    # Ward's method starts with a level for each image, and merges, again and again, the two whose
-    # union adds least to the squares within levels. SciPy's column 2 is sqrt(2 x what it added).
-    tree = ward(unseen / error)
-    within = np.cumsum(tree[:, 2] ** 2 / 2) / len(y)  # the variance after each merger
-    level = fcluster(tree, WITHIN, "monocrit", monocrit=within) - 1  # mergers up to WITHIN
-    return level, error
+    # Ward's method starts with a level for each image, and merges, again and again, the two levels
+    # whose union adds least to the sum of squares within levels. With predictions 0, 1, 10, 11 it
+    # joins 0 and 1 (which adds 1/2), 10 and 11 (1/2), and all (100). SciPy's column 2 is the square
+    # root of twice what a merger added.
+    tree = ward((unseen / error).numpy())
+    within = np.cumsum(tree[:, 2] ** 2 / 2) / len(y)  # the variance within levels after a merger
+    number = len(y) - np.sum(within <= WITHIN)
+    return fcluster(tree, number, "maxclust") - 1, error
 
 
-def medians(values, level):
-    """(N, 2) and the level of each image (N,) -> (k, 2): the median of each level, because the few
+def medians(values, group):
+    """(N, 2) and the group of each image (N,) -> (k, 2): the median of each group, because the few
     images that belong elsewhere do not move a median."""
-    rows = [values[level == i].median(0).values for i in range(level.max() + 1)]
+    rows = [values[group == i].median(0).values for i in range(group.max() + 1)]
     return torch.stack(rows)
 
 
@@ -446,16 +460,7 @@ def medians(values, level):
 class CADA:
     """Predict (u, gamma), the mean and the maximum of anomaly maps of *normal* images of an image's
     class [paper], from its frozen features [ours] D4. gamma is the typical maximum of a single map,
-    not the maximum over a class, as we read it [ours] D5.
-
-    The paper calls the predictor a regression. But a defect that moves the features moves what a
-    regression predicts. So we let the prediction snap [ours] D6: on normal images the predictions
-    crowd around levels, and an image gets the median statistics of the level that its prediction is
-    nearest to. To do harm, a defect must move the prediction nearer to another level.
-
-    The regression learns in rounds. In the first its targets are the images' own statistics; then
-    they are the medians of the levels, which pulls the images of a level together.
-    """
+    not the maximum over a class, as we read it [ours] D5."""
 
     mean: Tensor  # (F,) of the training images' pooled features
     std: Tensor  # (F,) their standard deviation; infinite for a channel that says nothing
@@ -463,7 +468,7 @@ class CADA:
     first_bias: Tensor  # (2,)
     weight: Tensor  # (F, 2) of the last round
     bias: Tensor  # (2,)
-    error: Tensor  # (2,) standard deviation of the last round's errors on unseen images
+    error: Tensor  # (2,) the unit of distance, see find_levels
     centres: Tensor  # (k, 2) of the levels: median predictions of log u and log(gamma - u)
     statistics: Tensor  # (k, 2): median u and median gamma of each level
 
@@ -474,37 +479,36 @@ class CADA:
         rows = np.random.default_rng(seed).permutation(len(features))[:MOST_IMAGES]
         features = features[rows].float()
         statistics = statistics[rows].double()
+
+        # What the regression reads: directions, in their principal components.
         mean = features.mean(0)
         std = features.std(0, correction=0)
         # Of a channel that hardly varies in training, a rounding error would be a huge deviation.
         std[std <= std.median() / 1000] = torch.inf
-        x = direction(features, mean, std).double().numpy()
+        x = direction(features, mean, std).double()
         # At most half as many components as images: with as many, any y could be fitted.
-        pca = PCA(min(COMPONENTS, len(x) // 2, x.shape[1]), random_state=seed).fit(x)
-        components = pca.components_.T  # (F, P)
+        pca = PCA(min(COMPONENTS, len(x) // 2, x.shape[1]), random_state=seed).fit(x.numpy())
+        components = torch.from_numpy(pca.components_.T)  # (F, P)
         x = x @ components  # (N, P), not centred: the bias takes that up
 
-        y = log_statistics(statistics).numpy()
+        y = log_statistics(statistics)
         first_weight, first_bias, unseen = fit_regression(x, y)
-        for _ in range(ROUNDS - 1):
-            level, _ = find_levels(unseen, y)
-            targets = log_statistics(medians(statistics, level)).numpy()  # (k, 2), of each level
-            weight, bias, unseen = fit_regression(x, targets[level])
         level, error = find_levels(unseen, y)
+        for _ in range(ROUNDS - 1):
+            targets = log_statistics(medians(statistics, level))  # (k, 2), of each level
+            weight, bias, unseen = fit_regression(x, targets[level])
+            level, error = find_levels(unseen, y)
 
         # Centres are medians of leave-one-out predictions: a new image is unseen, too.
-        learned = {"first_weight": components @ first_weight, "first_bias": first_bias,
-                   "weight": components @ weight, "bias": bias, "error": error,
-                   "centres": medians(torch.from_numpy(unseen), level),
-                   "statistics": medians(statistics, level)}
-        learned = {name: torch.as_tensor(value).float() for name, value in learned.items()}
-        return cls(mean, std, **learned)
+        learned = [mean, std, components @ first_weight, first_bias, components @ weight, bias,
+                   error, medians(unseen, level), medians(statistics, level)]
+        return cls(*[values.float() for values in learned])
 
     def regress(self, features):
-        """By the regression alone, the first round: (N, F) -> u (N,) and gamma (N,)."""
-        logs = direction(features, self.mean, self.std) @ self.first_weight + self.first_bias
-        u, contrast = logs.exp().unbind(1)
-        return u, u + contrast
+        """By the regression alone, the first round, as the paper has it: (N, F) -> u (N,) and gamma
+        (N,)."""
+        x = direction(features, self.mean, self.std)
+        return regress(x, self.first_weight, self.first_bias)
 
     def predict(self, features):
         """(N, F) -> u (N,) and gamma (N,), gamma > u: those of the level whose centre is nearest to
@@ -515,27 +519,16 @@ class CADA:
         return self.statistics[nearest].unbind(1)
 
 
-def normalise(maps, u, gamma):
-    """A' = (A - u) / (gamma - u), image by image: (N, H, W), (N,), (N,) -> (N, H, W). [author]
-
-    0 is the mean of normal maps of the class and 1 their typical maximum, whatever the class is.
-    About half of normal maps exceed 1 before the blur, and fewer after it.
-    """
-    u = u[:, None, None]
-    gamma = gamma[:, None, None]
-    return (maps - u) / (gamma - u)
-
-
-# ==== shared: map and score
+# ==== shared: score
 # These turn an anomaly map into one number an image, and many numbers into a threshold.
 
 def smooth(maps):
-    """Gaussian blur of (N, H, W) maps. Sigma is 4 pixels at 256 x 256 [author], in proportion at
-    other sizes. There the kernel is cut to 5 x 5; here it reaches 4 sigma, and edges repeat.
-    [ours] D8
+    """Gaussian blur of (N, H, W) maps. Sigma is 4 pixels at 256 x 256 [author], and grows with the
+    size of the image. The author's code cuts the kernel to 5 x 5; ours reaches 4 sigma, and edges
+    are repeated. [ours] D8
 
     The kernel sums to one, so with repeated edges a constant map stays constant. The blur therefore
-    commutes with (A - u) / (gamma - u): to normalise before it [author] or after it is the same.
+    commutes with (A - u) / (gamma - u): to align before it [author] or after it is the same.
     """
     sigma = maps.shape[-1] / 64  # 256 / 64 = 4
     # A sigma of 0 along the first dimension keeps images apart.
@@ -553,12 +546,99 @@ def image_score(maps):
 
 def conformal_threshold(scores, quantile=0.99):
     """The ceil((n + 1) quantile)-th smallest of the scores (n,) of normal images, or the largest if
-    there are fewer. A new normal image like these lies above it with a probability of at most
-    1 - quantile, if n is large enough (99 for 0.99) and nothing has learned from these n. (In
-    cada.py CADA has, and the promise is a little weaker.) [ours] D9"""
+    there are fewer. [ours] D9
+
+    A new normal image like these lies above it with a probability of at most 1 - quantile, if n is
+    large enough (99 for 0.99) and nothing has learned from these n. (In cada.py CADA has learned
+    from them, which weakens the promise a little.)
+    """
     n = len(scores)
     rank = min(math.ceil((n + 1) * quantile), n)  # the + 1 counts the new image among the n
     return scores.kthvalue(rank).values.item()
+# ==== end shared
+
+
+# ==== shared: batches and features
+# How training and evaluation see the data: which images are kept back, in which order the others
+# come, and features of a frozen teacher that are computed once.
+
+def hold_out(cfg, samples, checkpoint):
+    """Indices of the normal images to train on, and of those kept back at random for the threshold,
+    because the decoder knows its training images too well. With --holdout 0 both are all images,
+    and the threshold comes out too low. [ours] D9
+
+    Raises UserError if the checkpoint was trained on other images, perhaps on some kept back now.
+    """
+    kept = held = list(range(len(samples)))
+    if cfg.holdout > 0:
+        kept, held = train_test_split(kept, test_size=cfg.holdout, random_state=cfg.seed)
+    if checkpoint and checkpoint["images"] != image_names([samples[i] for i in kept]):
+        raise UserError(f"--data {cfg.data}: not the images of the checkpoint; give its --data")
+    if len(held) < 99:
+        print(f"threshold: the highest score of {len(held)} normal images; expect "
+              f"{1 / (len(held) + 1):.0%} of false alarms or more", file=sys.stderr)
+    return kept, held
+
+
+def image_names(samples):
+    """What a checkpoint knows images by: class and file name."""
+    return [(s.cls, s.path.name) for s in samples]
+
+
+def shuffled_batches(cfg, n, steps):
+    """The batches of a whole training run, lists of indices below n, epoch after epoch. They follow
+    from the settings alone, so a resumed run goes on with the same ones."""
+    size = cfg.batch_size // WORLD_SIZE  # WORLD_SIZE: the number of torchrun's processes, or 1
+    # Each process (RANK says which) has an order of its own. The i-th images of all shares are
+    # neighbours in the data set, often of one class: in one order these would meet in one step.
+    generator = torch.Generator().manual_seed(cfg.seed + RANK)
+    epochs = math.ceil(steps * size / n)  # a batch may reach into the next epoch
+    order = torch.cat([torch.randperm(n, generator=generator) for _ in range(epochs)])
+    return order[:steps * size].view(steps, size).tolist()
+
+
+def image_features(cfg, detector, samples, batches=None):
+    """Yield the teacher's features of the same batches. Raises UserError if they are not finite."""
+    for x in image_batches(cfg, detector, samples, batches):
+        features = detector.teacher(x)
+        if not all(f.isfinite().all() for f in features):
+            raise UserError(f"--teacher {cfg.teacher} --weights {cfg.weights}: its features do not "
+                            "fit float16, or are no numbers; take other weights")
+        yield features
+
+
+def training_features(cfg, detector, samples, batches):
+    """Yield the teacher's features of each batch of indices. Training uses no augmentation, so
+    every epoch would compute the same: they are computed once [ours] D2, or with --no-cache anew.
+
+    The features of an image are one row of float16 in an unnamed file in --out, which disappears
+    with the process, even a killed one. The system keeps in memory what fits.
+    """
+    if not cfg.cache:
+        yield from image_features(cfg, detector, samples, batches)
+        return
+
+    file = tempfile.TemporaryFile(dir=cfg.out)
+    for features in image_features(cfg, detector, samples):
+        rows = torch.cat([f.flatten(1) for f in features], dim=1)
+        file.write(rows.cpu().numpy())  # a full disk is an error here; in a mapped file, a crash
+    shapes = [f.shape[1:] for f in features]  # those of one image, as all images have them
+    sizes = [shape.numel() for shape in shapes]
+    device = features[0].device
+    stored = np.memmap(file, np.float16, "r", shape=(len(samples), sum(sizes)))
+    for batch in batches:
+        rows = torch.from_numpy(stored[batch]).to(device)
+        yield [f.unflatten(1, shape) for f, shape in zip(rows.split(sizes, dim=1), shapes)]
+
+
+@torch.no_grad()
+def describe_images(cfg, detector, samples):
+    """Yield pooled features (B, F) and raw anomaly maps (B, S, S) of the samples, batch by batch,
+    on the CPU."""
+    detector.eval()  # no dropout, BatchNorm frozen: a score must not depend on chance or its batch
+    for features in image_features(cfg, detector, samples):
+        pooled, maps = detector.describe(features)
+        yield pooled.cpu(), maps.cpu()
 # ==== end shared
 
 
@@ -584,52 +664,50 @@ def train(cfg, detector, samples, checkpoint):
     checkpoint.
 
     Only the student learns. All classes are mixed in every batch, and nobody tells it which image
-    is of which (model-unified). There is no validation and no best epoch, which only test images
+    is of which (model-unified). There is no validation and no best step, which only test images
     could choose: the last step counts.
     """
-    start = checkpoint["step"] if checkpoint else 0
-    if start >= cfg.iters:  # trained already
+    start, losses = first_step(cfg, checkpoint, cfg.iters)
+    if start == cfg.iters:  # trained already
         return checkpoint
-    # Every process reads all images, so that all have the same random teacher.
     if detector.teacher.random and start == 0:
+        # With torchrun every process reads all images here, so that all have the same teacher.
         estimate_statistics(detector.teacher, image_batches(cfg, detector, samples))
 
-    # Optimiser and schedule: [author], written for a sibling model. AMSGrad, which that code has
-    # had since a month after the paper, changed nothing on the demo set.
+    # Optimiser and schedule: [author], written for ReContrast.
     student = detector.student
     optimizer = torch.optim.AdamW(student.parameters(), cfg.lr, weight_decay=1e-5, fused=True)
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
     # Under torchrun the gradient is the mean over all processes, which is that of one large batch
     # if BatchNorm, too, sees all of it. On CPUs PyTorch has no such BatchNorm.
-    engine = detector
+    model = detector
     if WORLD_SIZE > 1:
         distributed.init_process_group()
         if next(student.parameters()).is_cuda:
             nn.SyncBatchNorm.convert_sync_batchnorm(student)  # in place, the parameters stay
-        engine = nn.parallel.DistributedDataParallel(detector)
+        model = nn.parallel.DistributedDataParallel(detector)
 
     share = samples[RANK::WORLD_SIZE]  # the images of this process
     batches = shuffled_batches(cfg, len(share), cfg.iters)
-    features = teacher_features(cfg, detector, share, batches[start:])
+    stream = training_features(cfg, detector, share, batches[start:])
     detector.train()
-    bar = tqdm(features, "training", cfg.iters, initial=start, disable=None)
-    for step, encoded in enumerate(bar, start + 1):
+    stream = tqdm(stream, "training", cfg.iters, initial=start, disable=None)
+    for step, features in enumerate(stream, start + 1):
         # The rate follows from the step alone, so a resumed run needs no state of a scheduler.
-        late = step > int(0.8 * cfg.iters)
-        optimizer.param_groups[0]["lr"] = 0.2 * cfg.lr if late else cfg.lr
+        optimizer.param_groups[0]["lr"] = cfg.lr * (0.2 if step > 0.8 * cfg.iters else 1)
 
-        loss = engine(encoded)
-        optimizer.zero_grad(set_to_none=True)
+        loss = model(features)
+        optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
-        if step % 20 == 0:  # seldom: item() waits for the GPU
-            bar.set_postfix(loss=f"{loss.item():.4f}")
         if step % math.ceil(cfg.iters / 10) == 0 or step == cfg.iters:  # about ten times
-            checkpoint = {"images": [(s.cls, s.path.name) for s in samples], "step": step,
+            losses[step] = loss.item()
+            checkpoint = {"images": image_names(samples), "step": step, "losses": losses,
                           "optimizer": optimizer.state_dict()}
             save_checkpoint(cfg, detector, checkpoint)
+            remove_results(cfg)  # those of an earlier run, which are not this checkpoint's
 
     if WORLD_SIZE > 1:
         distributed.destroy_process_group()
@@ -639,53 +717,52 @@ def train(cfg, detector, samples, checkpoint):
 # ---- calibration and evaluation ------------------------------------------------------------------
 
 def calibrate(cfg, detector, normal, held):
-    """Fit CADA to a trained detector, and take the thresholds from the normal images `held`.
-    Returns what the checkpoint keeps of it.
+    """Fit CADA to a trained detector, and take the thresholds from the normal images that were kept
+    back; `held` has their indices. Returns what the checkpoint keeps of it.
 
-    CADA learns from all normal images, those held out included: else it would know only maps of
-    images that the detector was trained on. So a held-out image has moved its own level a little,
-    more in a small class, and the threshold's promise is a little weaker.
+    CADA is fitted on all normal images. From the training images alone it would know only maps that
+    are too low, since the detector knows these images. The price: an image that was kept back has
+    moved its own level a little, more in a small class, which weakens the threshold's promise.
     """
-    # Of each map three numbers are kept: all maps of VisA would take gigabytes.
+    # Three small things are kept of each map: all maps of VisA would take gigabytes.
     parts = [(pooled, map_statistics(maps), image_score(smooth(maps)))
              for pooled, maps in describe_images(cfg, detector, normal)]
     features, statistics, raw = map(torch.cat, zip(*parts))  # (N, F), (N, 2), (N,)
 
     cada = CADA.fit(features, statistics, cfg.seed)
-    # The oracle, our reading of Fig. 4(a) [ours] D7, knows labels: class means over these images.
-    # CADA reads no label.
-    classes = np.array([s.cls for s in normal])
-    oracle = {}
-    for c in np.unique(classes):
-        oracle[str(c)] = statistics[classes == c].mean(0)  # (2,)
+    # The oracle, our reading of Fig. 4(a) [ours] D7, knows labels: it takes the medians of classes,
+    # as CADA takes those of levels. CADA reads no label.
+    names, classes = np.unique([s.cls for s in normal], return_inverse=True)
+    oracle = dict(zip(names.tolist(), medians(statistics, classes)))
 
-    # A score is aligned like the map itself, since a mean of pixels commutes with it. The mean of
-    # aligned normal maps is about 0, as `normalise` says.
+    # A score is aligned like a pixel, since A' grows with A: the highest 1 % stay the highest.
     u, gamma = cada.predict(features[held])
     aligned = (raw[held] - u) / (gamma - u)
-    return {
-        "cada": asdict(cada), "oracle": oracle,
-        "thresholds": {"raw": conformal_threshold(raw[held]), "cada": conformal_threshold(aligned)},
-        "means": {"raw": statistics[held, 0].mean().item(), "cada": 0.0}}
+    thresholds = {"raw": conformal_threshold(raw[held]), "cada": conformal_threshold(aligned)}
+    return {"cada": asdict(cada), "oracle": oracle, "thresholds": thresholds}
 
 
 def aligned_maps(raw, features, samples, checkpoint):
     """Yield the smoothed raw maps (N, S, S) of samples in four variants: "raw", as they are;
-    "oracle", aligned by the statistics of the true class, if the checkpoint knows all these
-    classes; "regress", aligned by the regression alone; "cada", aligned by CADA.
+    "oracle", aligned by the statistics of the true class, if the checkpoint knows all classes;
+    "regress", aligned by the regression alone; "cada", aligned by CADA.
 
-    In the table, "pooled" (one ranking of all images) should rise from raw to cada. "class mean" (a
-    ranking per class, where scale costs nothing) should not fall: else defects passed for classes.
-    (The oracle knows the class but not the image, so it is no upper limit.)
+    Of the rows of the table, "pooled" (one ranking of all images) should rise from raw to cada.
+    "class mean" (a ranking per class, where scale costs nothing) should not fall: where it does,
+    CADA has taken defects for another class and aligned them away. (The oracle knows the class but
+    not the image, so it is no upper limit.)
     """
     yield "raw", raw
     oracle = checkpoint["oracle"]
-    if all(s.cls in oracle for s in samples):
+    unknown = {s.cls for s in samples} - oracle.keys()
+    if unknown:
+        print("no rows of the oracle: it has not seen", *sorted(unknown), file=sys.stderr)
+    else:
         u, gamma = torch.stack([oracle[s.cls] for s in samples]).unbind(1)
-        yield "oracle", normalise(raw, u, gamma)
+        yield "oracle", align(raw, u, gamma)
     cada = CADA(**checkpoint["cada"])
-    yield "regress", normalise(raw, *cada.regress(features))
-    yield "cada", normalise(raw, *cada.predict(features))
+    yield "regress", align(raw, *cada.regress(features))
+    yield "cada", align(raw, *cada.predict(features))
 
 
 def evaluate(cfg, detector, test, checkpoint):
@@ -704,13 +781,13 @@ def run(argv):
     """The whole story: load, train, calibrate, evaluate; or load and predict."""
     cfg, checkpoint = read_command_line(argv)
     if cfg.cnc and not checkpoint:
-        checkpoint = adopt_cnc(cfg)
+        cfg, checkpoint = adopt_cnc(cfg, argv)
 
     if cfg.command == "predict":
         samples = images_to_score(cfg)
         detector = build(cfg, checkpoint)
         cada = CADA(**checkpoint["cada"])
-        maps = (normalise(smooth(raw), *cada.predict(pooled))
+        maps = (align(smooth(raw), *cada.predict(pooled))
                 for pooled, raw in describe_images(cfg, detector, samples))
         write_predictions(cfg, samples, maps, checkpoint, "cada")
         return
@@ -731,9 +808,47 @@ def run(argv):
         evaluate(cfg, detector, test, checkpoint)
 
 
-# ---- Appendix: what any such script needs --------------------------------------------------------
-# One who reads for the paper may stop here. First what only this script needs: a random teacher's
-# statistics, a picture of all scores, and CADA on a CNC in place of RevDist.
+# ---- Appendix ------------------------------------------------------------------------------------
+# First what only this script needs: rules for its settings, ResNets from their library, a random
+# teacher's statistics, a picture of all scores, and CADA on a CNC. Then what any such script needs.
+
+# Written into checkpoints. Whoever changes what they hold changes this name, too.
+WRITER = "cada.py 2"
+# The settings of a checkpoint stay as they are, and another value is an error, but for these.
+PLACES = "command checkpoint out weights device workers "
+FREE = {"train": PLACES + "resume data cache iters lr",  # that is, --resume
+        "eval": PLACES + "data batch_size",
+        "predict": PLACES + "paths batch_size",
+        "cnc": PLACES + "cnc data"}
+
+
+def check_method(cfg):
+    """Raises UserError for settings that exclude each other."""
+    if cfg.image_size % 32 and not cfg.cnc:
+        raise UserError("--image-size: give a multiple of 32, such as 256")
+
+
+def load_resnet(name, weights, seed):
+    """A ResNet of torchvision's with weights from a file or a tag, or with random ones ("none").
+    Raises UserError for an unknown name, and for weights that cannot be had or do not fit."""
+    stored = Path(weights).is_file()
+    # A random stream of its own: teacher and student do not depend on each other's draws.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            tag = None if stored or weights == "none" else weights
+            resnet = torchvision.models.get_model(name, weights=tag)
+            if not isinstance(resnet, torchvision.models.ResNet):
+                raise ValueError("not a ResNet")
+            resnet.fc = nn.Identity()  # not used, so a file may know any number of classes
+            if stored:
+                found = torch.load(weights, map_location="cpu", weights_only=True)
+                resnet.load_state_dict({key: found[key] for key in resnet.state_dict()})
+        except Exception as e:  # unknown, no network, weights that do not fit: many kinds
+            raise UserError(f"--teacher {name} --weights {weights}: {str(e)[:200]}; give a ResNet "
+                            "of torchvision's and a tag or file of its weights, or none")
+    return resnet
+
 
 def estimate_statistics(teacher, batches):
     """Give a random teacher the BatchNorm statistics of the training images. [ours] D1
@@ -741,8 +856,8 @@ def estimate_statistics(teacher, batches):
     Fresh statistics (mean 0, variance 1) let the activations of a random ResNet drift from layer to
     layer, until all images look alike.
     """
-    # A container of its own, since Teacher.train never leaves eval mode. update_bn is PyTorch's own
-    # plain mean over all batches. It runs the layers in train mode, and puts them back.
+    # update_bn, PyTorch's own plain mean over all batches, calls train() of what it is given. That
+    # of Teacher does nothing, so it gets the layers in a container.
     layers = nn.Sequential(teacher.stem, teacher.layer1, teacher.layer2, teacher.layer3).eval()
     torch.optim.swa_utils.update_bn(batches, layers)
 
@@ -760,33 +875,35 @@ def plot_distributions(cfg, samples, scores, thresholds):
         ax.scatter(scores[variant], line + 0.4 * labels - 0.2, 150, colours, marker="|", alpha=0.7)
         ax.axvline(thresholds[variant], color="black", linestyle="--")
         ax.set_title(variant)
-    panels[0].set_yticks(range(len(names)), [name[:14] for name in names], parse_math=False)
+    panels[0].set_yticks(range(len(names)), names, parse_math=False)
     panels[0].set_ylim(len(names) - 0.5, -0.5)  # of both panels; downwards
     figure.supxlabel("image score; blue: normal, orange: anomalous, dashed: threshold")
     figure.savefig(Path(cfg.out, "distributions.png"), dpi=150)
 
 
-def adopt_cnc(cfg):
-    """The checkpoint of cnc.py that --cnc names, as the start of one of ours. Seed, held-out share
-    and weights become CNC's, so that the images kept back are those that CNC has not seen. Raises
-    UserError if there is none, or its training has not finished."""
-    checkpoint = read_checkpoint(cfg.cnc, "cnc.py")
+def adopt_cnc(cfg, argv):
+    """The settings, and the checkpoint of cnc.py that --cnc names, as the start of one of ours. The
+    settings of a detector are CNC's, and so are the images kept back: CNC has not seen them.
+    Raises UserError for another value, and if there is no such checkpoint, or no finished one."""
+    import cnc  # only here and below: to read and run RevDist, this file is enough
+    checkpoint = read_checkpoint(cfg.cnc, cnc.WRITER)
     if not checkpoint["thresholds"]:
         raise UserError(f"--cnc {cfg.cnc}: its training has not finished; --resume it by cnc.py")
     checkpoint["cnc"] = checkpoint["config"]
     checkpoint["optimizer"] = None  # CNC learns no more
-    cfg.seed = checkpoint["cnc"]["seed"]
-    cfg.holdout = checkpoint["cnc"]["holdout"]
-    if not os.path.isfile(cfg.weights):
-        cfg.weights = checkpoint["cnc"]["weights"]
-    if cfg.out == Config.out:  # that is RevDist's
-        cfg.out = "runs/cada-on-cnc"
-    return checkpoint
+
+    names = ("teacher", "weights", "image_size", "batch_size", "lr", "seed", "holdout")
+    adopted = {name: checkpoint["cnc"][name] for name in names}
+    defaults = Config(cnc=cfg.cnc, data=cfg.data, out="runs/cada-on-cnc",
+                      iters=checkpoint["step"], **adopted)
+    cfg = tyro.cli(Config, args=argv, default=defaults)
+    refuse_changes(cfg, defaults, FREE["cnc"])
+    return cfg, checkpoint
 
 
 def build_cnc(cfg, checkpoint):
     """The CNC of a checkpoint that adopt_cnc began."""
-    import cnc  # only here: to read and run RevDist, this file is enough
+    import cnc
     settings = checkpoint["cnc"] | {"device": cfg.device, "weights": cfg.weights}
     try:
         return cnc.build(cnc.Config(**settings), checkpoint)
@@ -794,100 +911,53 @@ def build_cnc(cfg, checkpoint):
         raise UserError(str(e))
 
 
-# ==== shared: features and checkpoint
-# What training needs besides a model: images kept back, batches in a fixed order, features that are
-# computed once, and a checkpoint.
-
-def hold_out(cfg, samples, checkpoint):
-    """Indices of the normal images to train on, and of those kept back at random for the threshold,
-    because the decoder knows its training images too well. With --holdout 0 both are all images,
-    and the threshold comes out too low. [ours] D9
-
-    Raises UserError if the checkpoint was trained on other images, perhaps on some kept back now.
-    """
-    kept = held = list(range(len(samples)))
-    if cfg.holdout > 0:
-        kept, held = train_test_split(kept, test_size=cfg.holdout, random_state=cfg.seed)
-    images = [(samples[i].cls, samples[i].path.name) for i in kept]
-    if checkpoint and checkpoint["images"] != images:
-        raise UserError(f"--data {cfg.data}: not the images of the checkpoint; give its --data")
-    if len(held) < 99:
-        print(f"threshold: the highest score of {len(held)} normal images; expect "
-              f"{1 / (len(held) + 1):.0%} of false alarms or more", file=sys.stderr)
-    return kept, held
+# ==== shared: checkpoint
+RESULTS = ("scores.csv", "metrics.json", "heatmaps.png", "distributions.png")
 
 
-def shuffled_batches(cfg, n, steps):
-    """The batches of a whole training run, lists of indices below n, epoch after epoch. They follow
-    from the settings alone, so a resumed run goes on with the same ones."""
-    size = cfg.batch_size // WORLD_SIZE
-    # Each process of torchrun has an order of its own. The i-th images of all shares are neighbours
-    # in the data set, often of one class: if all had the same order, these would meet in one step.
-    generator = torch.Generator().manual_seed(cfg.seed + RANK)
-    epochs = math.ceil(steps * size / n)  # a batch may reach into the next epoch
-    order = torch.cat([torch.randperm(n, generator=generator) for _ in range(epochs)])
-    return order[:steps * size].view(steps, size).tolist()
+def first_step(cfg, checkpoint, steps):
+    """Where a training starts, which is told: the number of steps done, and their losses. Raises
+    UserError if these are more than `steps`."""
+    if not checkpoint:
+        if Path(cfg.out, "checkpoint.pt").exists():
+            print(f"{cfg.out}: holds another training, which this one replaces", file=sys.stderr)
+        return 0, {}
+    done = checkpoint["step"]
+    print(f"--resume: seed {cfg.seed}, step {done} of {steps}", file=sys.stderr)
+    if done > steps:
+        raise UserError("--resume: trained for longer already; give a larger number")
+    return done, checkpoint["losses"]
 
 
-def teacher_features(cfg, detector, samples, batches):
-    """Yield the teacher's features of each batch of indices. Training uses no augmentation, so
-    every epoch would compute the same: they are computed once [ours] D2, or with --no-cache anew.
-
-    The features of an image are one row of float16 in an unnamed file in --out, which disappears
-    with the process, even a killed one. The system keeps in memory what fits.
-    """
-    if not cfg.cache:
-        for x in image_batches(cfg, detector, samples, batches):
-            yield detector.teacher(x)
-        return
-
-    file = tempfile.TemporaryFile(dir=cfg.out)
-    for x in image_batches(cfg, detector, samples):
-        features = detector.teacher(x)
-        rows = torch.cat([f.flatten(1) for f in features], dim=1)
-        file.write(rows.cpu().numpy())  # a full disk is an error here; in a mapped file, a crash
-    shapes = [f.shape[1:] for f in features]
-    sizes = [shape.numel() for shape in shapes]
-    stored = np.memmap(file, np.float16, "r", shape=(len(samples), sum(sizes)))
-    for batch in batches:
-        rows = torch.from_numpy(stored[batch]).to(x.device)
-        yield [f.unflatten(1, shape) for f, shape in zip(rows.split(sizes, dim=1), shapes)]
-
-
-@torch.no_grad()
-def describe_images(cfg, detector, samples):
-    """Yield pooled features (B, F) and raw anomaly maps (B, S, S) of the samples, batch by batch,
-    on the CPU."""
-    detector.eval()  # no dropout, BatchNorm frozen: a score must not depend on chance or its batch
-    for x in image_batches(cfg, detector, samples):
-        pooled, maps = detector.describe(detector.teacher(x))
-        yield pooled.cpu(), maps.cpu()
+def remove_results(cfg):
+    """Remove what an earlier run has reported into --out."""
+    for name in RESULTS:
+        Path(cfg.out, name).unlink(missing_ok=True)
 
 
 def save_checkpoint(cfg, detector, checkpoint):
-    """Write checkpoint.pt, whole or not at all, and remove the results of an earlier run from
-    --out. A checkpoint is a dict of plain values and tensors:
+    """Write checkpoint.pt, whole or not at all, and say so. Raises UserError for weights that are
+    not finite, and if the file cannot be written. A checkpoint is a dict of plain values:
 
-        script, config     who wrote it, with which settings
+        writer, config     who wrote it, with which settings
         weights            a state_dict for each part of the detector, without a trained teacher
         fingerprint        of the teacher
         images             class and file name of each image that it was trained on
         step, optimizer    to go on from
-        thresholds, means  by variant, see calibrate; {} before the training is finished
+        losses             {step: loss}, for the steps at which a checkpoint was written
+        thresholds         by variant, see calibrate; {} before the training is finished
         and of cada.py     cada, oracle; cnc, the settings of CNC if that is the detector
-
-    Raises UserError for weights that are not finite, and if the file cannot be written.
     """
     if RANK > 0:  # of torchrun's processes only the first writes
         return
     weights = {name: part.state_dict() for name, part in detector.named_children()}
-    for w in weights["student"].values():
-        if not w.isfinite().all():
-            raise UserError("the training diverged, its weights are not finite; give a lower --lr")
     if not detector.teacher.random:
         del weights["teacher"]  # they have a file of their own
-    content = {"thresholds": {}, "means": {}} | checkpoint | {
-        "script": SCRIPT, "config": asdict(cfg), "weights": weights,
+    for part in weights.values():
+        if not all(w.isfinite().all() for w in part.values()):
+            raise UserError("the training diverged, its weights are not finite; give a lower --lr")
+    content = {"thresholds": {}} | checkpoint | {
+        "writer": WRITER, "config": asdict(cfg), "weights": weights,
         "fingerprint": fingerprint(detector.teacher)}
 
     path = Path(cfg.out, "checkpoint.pt")
@@ -899,37 +969,42 @@ def save_checkpoint(cfg, detector, checkpoint):
         raise UserError(f"{path}: cannot be written: {e}; is there room in --out?")
     finally:
         unfinished.unlink(missing_ok=True)
-    for name in RESULTS:
-        Path(cfg.out, name).unlink(missing_ok=True)
+    step = content["step"]
+    told = content["thresholds"] or "--resume would go on from here"
+    tqdm.write(f"{path}: step {step}, loss {content['losses'][step]:.4f}; {told}", sys.stderr)
 
 
-def read_checkpoint(path, script):
-    """A checkpoint that `script` wrote. Raises UserError if it is none."""
+def read_checkpoint(path, writer):
+    """A checkpoint that `writer` wrote. Raises UserError if it is none."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["script"] != script:
-            raise ValueError(f"{checkpoint['script']} wrote it")
+        found = checkpoint.get("writer", "another version")
+        if found != writer:
+            raise ValueError(f"{found} wrote it")
     except Exception as e:  # no such file, no checkpoint, a malicious one: many kinds
-        raise UserError(f"{path}: no checkpoint of {script}: {str(e)[:100]}; name one, or train")
+        raise UserError(f"{path}: no checkpoint of {writer}: {str(e)[:100]}; name one, or train")
     return checkpoint
 
 
 def load_weights(detector, checkpoint):
     """Put the weights of a checkpoint into the detector. Raises UserError if its teacher is not the
-    one that the checkpoint was trained with."""
-    weights = checkpoint["weights"]
-    same = detector.teacher.random == ("teacher" in weights)  # both random, or both trained
-    if same:
-        for name in weights:
-            detector.get_submodule(name).load_state_dict(weights[name])
-        same = math.isclose(fingerprint(detector.teacher), checkpoint["fingerprint"], rel_tol=1e-6)
-    if not same:
+    one that the checkpoint was trained with, and for weights of another version."""
+    expected = checkpoint["fingerprint"]
+    if not math.isclose(fingerprint(detector.teacher), expected, rel_tol=1e-6):
         raise UserError("--weights: not the teacher of the training; give the same weights")
+    try:
+        for name, weights in checkpoint["weights"].items():
+            detector.get_submodule(name).load_state_dict(weights)
+    except (AttributeError, RuntimeError) as e:
+        raise UserError(f"the checkpoint is of another version: {str(e)[:200]}; train anew")
 
 
-def fingerprint(module):
-    """A number that tells whether a file or a download still holds the same weights."""
-    return sum(w.double().abs().sum().item() for w in module.state_dict().values())
+def fingerprint(teacher):
+    """A number that tells whether a file or a download still holds the same weights. 0 for a random
+    teacher, whose weights are in the checkpoint."""
+    if teacher.random:
+        return 0.0
+    return sum(w.double().abs().sum().item() for w in teacher.state_dict().values())
 # ==== end shared
 
 
@@ -971,14 +1046,13 @@ def read_dataset(root, training=True):
         raise UserError(f"--data {root}: no such folder; give its place, also if it has moved")
     visa = (root / "split_csv/1cls.csv").is_file()
     train, test = read_visa(root) if visa else read_mvtec(root)
-    images = train + test if training else test
-    if not images:
-        raise UserError(f"--data {root}: {len(train)} training, 0 test images; see data/README.md")
+    if not (training or test):
+        raise UserError(f"--data {root}: no test images; see data/README.md")
     untrained = {s.cls for s in test} - {s.cls for s in train}
     if training and (len(train) < 10 or untrained):
         raise UserError(f"--data {root}: {len(train)} training images, classes without: "
                         f"{sorted(untrained)}; put 10 or more normal ones into <class>/train/good")
-    check_files(images)
+    check_files(train + test if training else test)
 
     # Most of what can go wrong with a data set shows in this line.
     masks = {s.mask for s in test if s.mask}
@@ -997,29 +1071,35 @@ def read_mvtec(root):
     """Read an MVTec-style tree, <class>/{train/good,test/<kind>,ground_truth/<kind>}/*, or the
     folder of a single class. The mask of 000.png is 000_mask or 000, with any suffix: names decide,
     never sort order. A set may have no masks at all, but if it has some, each defective image needs
-    one. Raises UserError where it is missing, or where two files share their name."""
+    one. Raises UserError where it is missing."""
     single = (root / "train").is_dir() or (root / "test").is_dir()
-    found = {"train": {}, "test": {}, "ground_truth": {}}
-    for path in filter(is_image, files_in(root, "*/*/*" if single else "*/*/*/*")):
-        cls, part, kind, _ = path.absolute().parts[-4:]  # of a single class cls is the root's name
-        name = (cls, kind, path.stem.removesuffix("_mask"))
-        if part not in found or part == "train" and kind.lower() not in GOOD:
-            continue
-        if name in found[part]:
-            raise UserError(f"{path} shares its name with {found[part][name]}; rename one, and "
-                            "keep masks in ground_truth")
-        found[part][name] = path
+    classes = "" if single else "*/"
+    normal = images_by_name(root, classes + "train/*/*")
+    train = [Sample(path, cls) for (cls, kind, _), path in normal.items() if kind.lower() in GOOD]
 
-    train = [Sample(path, cls) for (cls, _, _), path in found["train"].items()]
-    masks = found["ground_truth"]
+    masks = images_by_name(root, classes + "ground_truth/*/*")
     test = []
-    for name, path in found["test"].items():
+    for name, path in images_by_name(root, classes + "test/*/*").items():
         cls, kind, _ = name
         label = int(kind.lower() not in GOOD)
         if label and masks and name not in masks:
             raise UserError(f"{path}: no mask in ground_truth/{kind}; add it, or remove all masks")
         test.append(Sample(path, cls, label, masks.get(name)))
     return train, test
+
+
+def images_by_name(root, pattern):
+    """{(class, kind, name without suffix and _mask): path} of the images that match a pattern.
+    Raises UserError where two share their name."""
+    found = {}
+    for path in filter(is_image, files_in(root, pattern)):
+        cls, _, kind, _ = path.absolute().parts[-4:]  # of a single class cls is the root's name
+        name = (cls, kind, path.stem.removesuffix("_mask"))
+        if name in found:
+            raise UserError(f"{path} shares its name with {found[name]}; rename one, and keep "
+                            "masks in ground_truth")
+        found[name] = path
+    return found
 
 
 def read_visa(root):
@@ -1039,24 +1119,32 @@ def read_visa(root):
 
 def check_files(samples):
     """Decode every image and mask once: a broken file must stop the run before the training and not
-    after it. Raises UserError for it, and for a mask that does not lie on its image."""
-    def check(sample):
+    after it. Raises UserError, which names the first five that cannot be used."""
+    with ThreadPoolExecutor() as pool:  # threads suffice: Pillow decodes without Python's lock
+        found = pool.map(mistake_in, samples)
+        bar = tqdm(found, "checking images", len(samples), leave=False, disable=None)
+        mistakes = [mistake for mistake in bar if mistake]
+    if mistakes:
+        raise UserError(f"{'; '.join(mistakes[:5])}; {len(mistakes)} in all")
+
+
+def mistake_in(sample):
+    """What is wrong with the files of a sample, or None."""
+    try:
         image = load_image(sample.path)
         if sample.mask:
             with Image.open(sample.path) as file:
                 turned = file.getexif().get(ExifTags.Base.Orientation, 1) != 1
             if turned or load_mask(sample.mask).size != image.size:
-                raise UserError(f"mask {sample.mask}: its image has another size, or is turned by "
-                                "EXIF; save both upright and equally large")
-
-    with ThreadPoolExecutor() as pool:  # threads suffice: Pillow decodes without Python's lock
-        checks = pool.map(check, samples)
-        list(tqdm(checks, "checking images", len(samples), leave=False, disable=None))
+                return (f"mask {sample.mask}: its image has another size, or is turned by EXIF; "
+                        "save both upright and equally large")
+    except UserError as e:
+        return str(e)
 
 
 def open_image(path):
-    """An image file, decoded and upright. Raises UserError if it cannot be read as one image of 8
-    or 16 bits a channel."""
+    """An image file, decoded, upright, with 8 bits a channel. What is transparent is black,
+    whatever colour it hides. Raises UserError if it is not one image of 8 or 16 bits a channel."""
     try:
         with Image.open(path) as file:
             frames = getattr(file, "n_frames", 1)
@@ -1066,17 +1154,20 @@ def open_image(path):
     several = frames > 1 and file.format != "MPO"  # a phone's MPO is one photograph
     if several or image.mode in ("I", "F"):
         raise UserError(f"{path}: several frames, or 32 bits a pixel; save one image of 8 bits")
+
+    if image.mode.startswith("I;16"):  # convert() would clip it; the small numbers of a mask stay
+        image = Image.fromarray(np.ceil(np.asarray(image) / 257).astype(np.uint8))
+    if image.has_transparency_data:
+        black = Image.new("RGBA", image.size, "black")
+        image = Image.alpha_composite(black, image.convert("RGBA")).convert("RGB")
     return image
 
 
 def load_image(path):
     """An image file as 8-bit RGB. Raises UserError if it is nearly black."""
-    image = open_image(path)
-    if image.mode.startswith("I;16"):  # convert() would clip it
-        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-    image = image.convert("RGB")
+    image = open_image(path).convert("RGB")
     brightest = np.max(image.getextrema())
-    if brightest <= 16:  # 12 bits in 16 reach 4095 / 257, rounded 16
+    if brightest <= 16:  # as the images of a 12-bit camera in files of 16 bits: 4095 / 257 = 15.9
         raise UserError(f"{path}: nearly black, {brightest} of 255 at most; stretch its values")
     return image
 
@@ -1085,12 +1176,9 @@ def load_mask(path):
     """A mask as a black and white image. Every value above 0 is defective: VisA's masks hold 1 to
     9, others the colours of a palette. But if a mask without a palette has values above 127, as
     MVTec AD's have, only those count: blur and JPEG leave small ones. A colour counts by its
-    brightest channel, and what is transparent is black. [ours] D10"""
+    brightest channel. [ours] D10"""
     image = open_image(path)
-    if image.mode.startswith("I;16"):  # convert() would clip it
-        values = np.asarray(image) / 257
-    else:  # RGBa is RGBA with colours multiplied by their opacity
-        values = np.asarray(image.convert("RGBA").convert("RGBa"))[..., :3].max(2)
+    values = np.asarray(image.convert("RGB")).max(2)
     bright = values.max() > 127 and image.mode != "P"
     return Image.fromarray(values > (127 if bright else 0))
 
@@ -1120,8 +1208,9 @@ def ranking_metrics(kind, scores, positive):
     """<kind>-AUROC, <kind>-AP and <kind>-F1max in 0..1 of scores with bool labels of the same
     shape; for pixels, kind "P", (N, H, W), also AUPRO. {} if all labels are equal.
 
-    Exact: every distinct score is a threshold. But the true-positive rate changes only at scores of
-    positives, and few pixels are positive. So each distinct score of a positive gives two points of
+    scikit-learn gives the same and takes @@SK times as long on pixels, of which few are positive:
+    every distinct score is a threshold, but the true-positive rate changes only at scores of
+    positives. So each distinct score of a positive gives two points of
     the ROC curve, one with the threshold just above it and one with the threshold at it, and all
     that lies between is straight. Four images, positives scored 9 and 4, negatives 6 and 1:
 
@@ -1213,9 +1302,6 @@ def summarise(scores, labels, classes, maps, masks):
 # ==== shared: report and predictions
 # The table comes first: no picture that fails may cost the numbers.
 
-RESULTS = ("scores.csv", "metrics.json", "heatmaps.png", "distributions.png")
-
-
 def report(cfg, samples, size, variants, decides, checkpoint):
     """Print and write how well the maps of some variants tell good from defective samples. Returns
     image scores (N,) by variant.
@@ -1224,101 +1310,93 @@ def report(cfg, samples, size, variants, decides, checkpoint):
     at once; `decides` names the one whose threshold flags images. No threshold comes from test
     labels; only F1max says what the best one would have been.
     """
-    paths = [s.path for s in samples]
+    thresholds = checkpoint["thresholds"]
     classes = np.array([s.cls for s in samples])
     labels = np.array([s.label for s in samples])
-    masks = np.zeros((len(samples), size, size), bool)
-    for i, s in enumerate(samples):
-        if s.mask:  # binarised before it is resized: the other way round thin defects blur
-            masks[i] = load_mask(s.mask).resize((size, size), Image.NEAREST)
+    masks = load_masks(samples, size)
+    lost = sum(bool(s.mask) and s.label > m.max() for s, m in zip(samples, masks))
+    if lost:
+        print(f"{lost} masks have no pixel left at {size} x {size}: the metrics of pixels miss "
+              "their defects, those of images do not; give a larger --image-size", file=sys.stderr)
 
-    # heatmaps.png shows the last good and the last defective image of each class, 24 at most.
-    last = {(s.cls, s.label): i for i, s in enumerate(samples)}
-    shown = [last[key] for key in sorted(last)][:24]
-    rows = {"image": [load_image(paths[i]).resize((size, size)) for i in shown],
-            "ground truth": masks[shown]}
+    # heatmaps.png has a column for every k-th image, and for the variants with a threshold a row.
+    shown = range(0, len(samples), math.ceil(len(samples) / 16))
+    images = [load_image(samples[i].path).resize((size, size)) for i in shown]
+    rows = [images, [Image.fromarray(masks[i]).convert("RGB") for i in shown]]
     scores = {}
     results = {}
     for variant, maps in variants:
         scores[variant] = image_score(maps).numpy()
         results[variant] = summarise(scores[variant], labels, classes, maps.numpy(), masks)
-        if variant in checkpoint["thresholds"]:
-            rows[f"{variant} map"] = heat(maps[shown], checkpoint, variant)
+        if variant in thresholds:
+            rows.append([overlay(image, maps[i], thresholds[variant])
+                         for image, i in zip(images, shown)])
 
     if results[decides]["pooled"]:
         print_table(results)
     else:
         print("no table: metrics compare good with defective images, and one kind is missing")
-    threshold = checkpoint["thresholds"][decides]
-    flagged = scores[decides] > threshold
+    flagged = scores[decides] > thresholds[decides]
     good = flagged[labels == 0]  # these should be False
     bad = flagged[labels == 1]  # and these True
-    print(f"threshold {threshold:.4f}: flags {good.sum()} of {len(good)} good and "
+    print(f"threshold {thresholds[decides]:.4f}: flags {good.sum()} of {len(good)} good and "
           f"{bad.sum()} of {len(bad)} defective test images; more in {cfg.out}")
     with open(Path(cfg.out, "scores.csv"), "w", newline="", encoding="utf-8",
               errors="surrogateescape") as file:  # a name that is no UTF-8, as the system has it
         writer = csv.writer(file)
         writer.writerow(["path", "class", "label", "anomalous", *scores])
-        writer.writerows(zip(paths, classes, labels, flagged, *scores.values()))
-    # Everything needed to quote a number: settings, thresholds, metrics in 0..1.
-    content = {"config": asdict(cfg), "cnc": checkpoint.get("cnc"),
-               "thresholds": checkpoint["thresholds"], "results": results}
+        writer.writerows(zip([s.path for s in samples], classes, labels, flagged, *scores.values()))
+    # Everything needed to quote a number: settings, losses, thresholds, metrics in 0..1.
+    content = {"config": asdict(cfg), "losses": checkpoint["losses"], "thresholds": thresholds,
+               "results": results}
     Path(cfg.out, "metrics.json").write_text(json.dumps(content, indent=2))
-    plot_heatmaps(cfg, rows, [samples[i] for i in shown])
+    picture = np.vstack([np.hstack(row) for row in rows])
+    Image.fromarray(picture).save(Path(cfg.out, "heatmaps.png"))
     return scores
+
+
+def load_masks(samples, size):
+    """The masks of samples, bool (N, size, size), False where there is none. They are binarised
+    before they are resized: the other way round thin defects blur."""
+    masks = np.zeros((len(samples), size, size), bool)
+    for i, s in enumerate(samples):
+        if s.mask:
+            masks[i] = load_mask(s.mask).resize((size, size), Image.NEAREST)
+    return masks
 
 
 def print_table(results):
     """A line for each class, the class mean and the pooled metrics, of each variant; in %."""
     parts = next(iter(results.values()))  # all variants have the same
-    names = list(parts["pooled"])
-    width = max(map(len, parts))
-    print(" " * (width + 9), *[f"{name:>9}" for name in names], sep="")
+    names = parts["pooled"]
+    print(" " * 22, *[f"{name:>9}" for name in names], sep="")
     for part in parts:
         for variant in results:
             found = results[variant][part]
             values = [f"{100 * found.get(name, math.nan):9.1f}" for name in names]
-            print(f"{part:<{width}}  {variant:<7}", *values, sep="")
+            print(f"{part[:12]:14}{variant:8}", *values, sep="")
 
 
-def heat(maps, checkpoint, variant):
-    """Maps of a variant -> 0..1 by one fixed scale: 0 at the mean of normal maps, 1 at twice the
-    threshold. To scale each image by itself would paint good ones in the colours of defects."""
-    mean = checkpoint["means"][variant]
-    threshold = checkpoint["thresholds"][variant]
-    return ((maps - mean) / (2 * threshold - mean)).clamp(0, 1).numpy()
-
-
-def plot_heatmaps(cfg, rows, samples):
-    """Draw rows {name: an image for each sample}, a column a sample."""
-    figure = Figure(figsize=(1.1 * len(samples), 1.1 * len(rows) + 0.4), layout="constrained")
-    axes = figure.subplots(len(rows), len(samples), squeeze=False)
-    for line, (name, images) in zip(axes, rows.items()):
-        line[0].set_ylabel(name)
-        for ax, image in zip(line, images):
-            ax.imshow(image, "inferno", vmin=0, vmax=1)
-            ax.set(xticks=[], yticks=[])
-    for ax, s in zip(axes[0], samples):
-        ax.set_title(f"{s.cls[:14]}\n{('good', 'defective')[s.label]}", parse_math=False)
-    figure.savefig(Path(cfg.out, "heatmaps.png"), dpi=120)
+def overlay(image, amap, threshold):
+    """An RGB image with its map (S, S) on it: clear up to half the threshold, hottest from twice
+    the threshold on. To scale each map by itself would paint good images in the colours of defects.
+    """
+    heat = ((amap / threshold - 0.5) / 1.5).clamp(0, 1).numpy()
+    colours = colormaps["inferno"](heat, alpha=0.8 * heat, bytes=True)  # (S, S, 4)
+    layer = Image.fromarray(colours).resize(image.size)
+    image = image.copy()
+    image.paste(layer, mask=layer)
+    return image
 
 
 def images_to_score(cfg):
-    """What predict is to score: images that are named, and those in folders that are named, except
-    our own results. Raises UserError if there is none, or one that cannot be read."""
-    own = {Path(cfg.out, name).resolve() for name in ("predict", *RESULTS)}
-    samples = []
-    others = []
+    """What predict is to score: images that are named, and those in folders that are named. Raises
+    UserError if there is none, or one that cannot be read."""
+    found = []
     for place in map(Path, cfg.paths):
-        if not place.is_dir():
-            samples.append(Sample(place))
-            continue
-        for path in files_in(place, "**/*"):
-            if not is_image(path):
-                others.append(path)
-            elif own.isdisjoint([path.resolve(), *path.resolve().parents]):
-                samples.append(Sample(path))
-    print(len(samples), "images;", len(others), "files not used", *others[:1], file=sys.stderr)
+        found += files_in(place, "**/*") if place.is_dir() else [place]
+    samples = [Sample(path) for path in found if is_image(path) or str(path) in cfg.paths]
+    print(f"{len(samples)} images; {len(found) - len(samples)} files not used", file=sys.stderr)
     if not samples:
         raise UserError(f"no image to score in {', '.join(cfg.paths)}; name some")
     check_files(samples)
@@ -1326,8 +1404,7 @@ def images_to_score(cfg):
 
 
 def write_predictions(cfg, samples, batches, checkpoint, variant):
-    """For each sample a line of JSON, and the image with its map on it: clear where the map is as
-    low as normal ones are on average, hottest from twice the threshold on. batches: the maps
+    """For each sample a line of JSON, and the image with its map on it. batches: the maps
     (B, S, S), computed as they are needed."""
     folder = Path(cfg.out, "predict")
     folder.mkdir(parents=True, exist_ok=True)
@@ -1335,45 +1412,30 @@ def write_predictions(cfg, samples, batches, checkpoint, variant):
     maps = (amap for batch in batches for amap in batch)
     for number, (sample, amap) in enumerate(zip(samples, maps)):
         score = image_score(amap[None]).item()
-        values = heat(amap, checkpoint, variant)
-        # (S, S, 4): the colder, the more transparent
-        colours = colormaps["inferno"](values, alpha=0.8 * values, bytes=True)
-        image = load_image(sample.path)
-        overlay = Image.fromarray(colours).resize(image.size)
-        image.paste(overlay, mask=overlay)
         target = folder / f"{number:04}-{sample.path.stem[:50]}.png"  # names have a limit
-        image.save(target)
+        overlay(load_image(sample.path), amap, threshold).save(target)
         print(json.dumps({"path": str(sample.path), "score": score, "threshold": threshold,
-                          "anomalous": score > threshold, "overlay": str(target)}))
+                          "anomalous": score > threshold, "overlay": str(target)}), flush=True)
 # ==== end shared
 
 
 # ==== shared: command line and device
-SCRIPT = Path(__file__).name
 HERE = Path(__file__).resolve().parent
 # torchrun says which of its processes this is, and of how many. Clusters set the same variables for
 # other purposes, so they count only under torchrun.
 UNDER_TORCHRUN = distributed.is_torchelastic_launched()
 RANK = int(os.environ["RANK"]) if UNDER_TORCHRUN else 0
+LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if UNDER_TORCHRUN else 0  # on this machine
 WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if UNDER_TORCHRUN else 1
-
-
-class UserError(Exception):
-    """A mistake that the user can mend. main() prints its one line and ends with exit code 2."""
 
 
 def read_command_line(argv):
     """The settings, and the checkpoint, or None if none is to be read. Raises UserError for a
     checkpoint that cannot be used, and for settings that are impossible.
 
-    tyro makes a flag of each field of Config, and its help of the comment beside it. A flag
-    overrides all but what --cnc takes over. Settings without a flag come from
-
-        train, on data/demo       DEMO, and for the rest the defaults of Config
-        train, on other data      the defaults of Config
-        eval, predict, --resume   the checkpoint; --out is its folder
-
-    so the command line is read twice: first to learn which of these it is.
+    tyro makes a flag of each field of Config, and its help of the comment beside it. Settings
+    without a flag come from Config and, on data/demo, from DEMO; for eval, predict and --resume
+    from the checkpoint. So the command line is read twice: first to learn which of these it is.
     """
     cfg = tyro.cli(Config, args=argv)
     checkpoint = None
@@ -1384,15 +1446,13 @@ def read_command_line(argv):
         defaults = Config(data=data, **DEMO if demo else {})
     else:
         path = Path(cfg.checkpoint or Path(cfg.out, "checkpoint.pt"))
-        checkpoint = read_checkpoint(path, SCRIPT)
+        checkpoint = read_checkpoint(path, WRITER)
         defaults = Config(**checkpoint["config"] | {"out": str(path.parent)})
 
     cfg = tyro.cli(Config, args=argv, default=defaults)
     check_settings(cfg)
     if checkpoint:
-        for name in FIXED:
-            if getattr(cfg, name) != getattr(defaults, name):
-                raise UserError(f"--{name}: the checkpoint has another value; drop the flag")
+        refuse_changes(cfg, defaults, FREE[cfg.command])
         if cfg.command != "train" and not checkpoint["thresholds"]:
             raise UserError("the checkpoint's training has not finished: --resume it")
     return cfg, checkpoint
@@ -1406,10 +1466,15 @@ def check_settings(cfg):
         raise UserError("--checkpoint: is for eval, predict and --resume")
     if UNDER_TORCHRUN and (cfg.command != "train" or cfg.batch_size % WORLD_SIZE):
         raise UserError(f"torchrun: is for training, --batch-size a multiple of {WORLD_SIZE}")
-    for name, (least, most) in RANGES.items():
-        if not least <= getattr(cfg, name) <= most:
-            raise UserError(f"--{name}: give a number from {least} to {most}")
-    cfg.check()
+    check_method(cfg)
+
+
+def refuse_changes(cfg, defaults, free):
+    """Raises UserError for a setting that is not free, and differs from the checkpoint's."""
+    for name, value in vars(defaults).items():
+        if name not in free.split() and getattr(cfg, name) != value:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag}: the checkpoint has {value}; drop the flag")
 
 
 def choose_device(name):
@@ -1420,21 +1485,9 @@ def choose_device(name):
     if name == "cuda":
         if not torch.cuda.is_available():
             raise UserError("--device cuda: PyTorch finds no GPU; take --device auto")
-        torch.cuda.set_device(RANK % torch.cuda.device_count())
+        torch.cuda.set_device(LOCAL_RANK % torch.cuda.device_count())
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
-        torch.backends.cudnn.deterministic = True  # convolutions repeat; not all else does
     return torch.device(name)
-
-
-def autocast(x, dtype):
-    """A context in which matrix products and convolutions run in half precision, if x is on a GPU
-    that can. [ours] D11
-
-    Elsewhere it does nothing: not every CPU has a fast half precision, and a V100 only emulates
-    bfloat16.
-    """
-    able = dtype == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast("cuda", dtype, enabled=x.is_cuda and able)
 
 
 def main(argv=None):
@@ -1446,20 +1499,18 @@ def main(argv=None):
         return 0
     except KeyboardInterrupt:
         code = 130
-        error = "interrupted; --resume goes on with a training from its last checkpoint"
+        error = "interrupted"
     except torch.OutOfMemoryError:
         error = "the GPU's memory is full; lower --batch-size"
     except (UserError, OSError) as e:  # a missing or unwritable file's own message names it
         # A DataLoader's worker sends its traceback; the message is the end of it.
         error = str(e).rsplit("UserError: ", 1)[-1]
-    print(f"{SCRIPT}: error:", *error.split(), file=sys.stderr)  # in one line
+    print(f"{Path(__file__).name}: error:", *error.split(), file=sys.stderr)  # in one line
     return code
 
 
 if __name__ == "__main__":
-    if sys.stdout:
-        sys.stdout.reconfigure(errors="replace")  # for names that the console cannot print
-    if hasattr(signal, "SIGPIPE"):  # a quiet end in `... | head`
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    if hasattr(sys.stdout, "reconfigure"):  # for names that the console cannot print
+        sys.stdout.reconfigure(errors="replace")
     sys.exit(main())
 # ==== end shared

@@ -13,13 +13,15 @@ decoder so many kinds of patches that it reproduces anomalies too ("over-general
 guides the decoded features towards learnable prompts that mean "normal", whatever the class. And it
 sends each patch through 2 of 5 experts, so that patches of different kinds disturb each other less.
 
-How text helps, as we read it [ours] D15, [ours] D17. CLIP has a joint space of images and texts.
-There t_n is the vector of the normal prompt and t_a that of the abnormal one. The margin of a patch
-says how much nearer it is to t_n than to t_a, and psi in 0..1 says how normal that is. The
-*constraint* moves decoded patches towards t_n, if their margin is unusually low. The *promotion*
-adds psi (t_n - t_a) to a patch e and to its decoded version d. Their difference stays and both get
-longer, mostly, so the angle between them shrinks: errors in patches that look normal count for
-less. If a text means nothing, psi is random.
+How text helps, as we read it. CLIP has a joint space of images and texts. There t_n is the vector
+of the normal prompt, t_a that of the abnormal one, v that of a patch. The *margin* <v, t_n - t_a>
+says how much nearer the patch is to t_n than to t_a. With psi = sigmoid(margin / its standard
+deviation) the *promotion* changes a patch e and its decoded version d [ours] D15:
+
+    e* = e + psi (t_n - t_a),    d* = d + psi (t_n - t_a).
+
+The same difference, longer vectors, a smaller angle: errors in patches that look normal count for
+less. The *constraint* moves decoded patches towards t_n if their margin is unusually low [ours] D17.
 
 A "tap" is a block of CLIP whose output is read and must be reproduced.
 
@@ -33,9 +35,9 @@ A "tap" is a block of CLIP whose output is read and must be reproduced.
       |      GatedMoE, 2 of 5 experts a token               |
       |      decode -> d1, d2, d3 (B, 1+N, C)               |
       |                                                     |
-    P(e), P(d): CLIP's joint space (B, N, D) <--- constraint: lifts the margin of d, where it is
-      |                                      |    far below the average of normal patches
-      |                                      <--- promotion: v* = v + psi(e) (t_n - t_a), v = e, d
+    P(e), P(d): CLIP's joint space (B, N, D) <--- constraint, on d: lifts a margin that is more than
+      |                                      |    one standard deviation below the average
+      |                                      <--- promotion, on e and d: v* = v + psi(e) (t_n - t_a)
     M = mean over taps of 1 - cos(e*, d*) -> (B, S, S) -> blur -> image score (B,)
 
 From paper to code:
@@ -43,6 +45,7 @@ From paper to code:
     frozen CLIP [paper], tapped at thirds [port]   Teacher
     class-agnostic learnable prompts [paper]       PromptLearner; their words: [ours] D13
     gated mixture-of-experts [paper]               GatedMoE; its residual: [ours] D14
+    standardised tokens, centred joint space       NormalStatistics, [ours] D21
     fusion of the taps, decoder [port]             Student
     feature-level normality promotion [paper]      promote, CNC.psi; its form: [ours] D15
     cross-modal normality constraint [paper]       CNC.constraint; its form: [ours] D17
@@ -52,14 +55,14 @@ From paper to code:
     joint space of image and text [ours] D12       Teacher.joint
     anomaly map M of cosines [paper]               CNC.describe, image_score; details: [ours] D20
 
-Read it from the top. Down to the appendix it is the paper: the method, in the order in which an
-image passes through it, then training and evaluation. The appendix is what any such script needs.
-Sections between `shared` banners stand in cada.py letter for letter.
+Read it from the top: first the method, in the order in which an image passes through it, then
+training and evaluation. The appendix is what any such script needs. Sections between `shared`
+banners stand in cada.py letter for letter.
 
     python cnc.py                                      train and evaluate; without data/mvtec and
                                                        data/visa on the small set in data/demo
     python cnc.py --data DIR                           on MVTec AD, VisA, or a tree of your own
-    python cnc.py --no-moe --no-fnp --no-constraint    reverse distillation without CNC's parts
+    python cnc.py --no-fnp --no-constraint             without text
     python cnc.py eval --checkpoint FILE               the same numbers again
     python cnc.py predict PATH ... --checkpoint FILE   score images, write heat maps
     torchrun --nproc-per-node=N cnc.py ...             train on N GPUs
@@ -67,10 +70,8 @@ Sections between `shared` banners stand in cada.py letter for letter.
 """
 import csv
 import json
-import logging
 import math
 import os
-import signal
 import sys
 import tempfile
 import warnings
@@ -80,17 +81,15 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-os.environ.pop("MPLBACKEND", None)  # figures are files here; a notebook's backend may be missing
-
 import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
 import tyro
 from matplotlib import colormaps
-from matplotlib.figure import Figure
 from PIL import ExifTags, Image, ImageOps
 from scipy import ndimage
+from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import train_test_split
 from torch import distributed, nn
 from torch.utils.data import BatchSampler, DataLoader
@@ -98,6 +97,24 @@ from torchvision.transforms import Compose, ConvertImageDtype, Normalize, PILToT
 from torchvision.transforms import InterpolationMode
 from tqdm import tqdm
 from tyro.conf import Positional
+
+
+# ==== shared: errors and half precision
+
+class UserError(Exception):
+    """A mistake that the user can mend. main() prints its one line and ends with exit code 2."""
+
+
+def half_precision(x, dtype):
+    """A context in which matrix products and convolutions run in `dtype`, float16 or bfloat16, if x
+    is on a GPU that can. [ours] D11
+
+    Elsewhere it does nothing: not every CPU has a fast half precision, and a V100 only emulates
+    bfloat16.
+    """
+    able = dtype == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast("cuda", dtype, enabled=x.is_cuda and able)
+# ==== end shared
 
 
 # ---- settings ------------------------------------------------------------------------------------
@@ -112,23 +129,24 @@ class Config:
     them.
     """
 
-    # frozen CLIP [paper]: a ViT of open_clip's, or tiny, a small one built here [ours] D1.
-    # OpenAI's weights want a name that ends in -quickgelu
+    # frozen CLIP [paper]: a ViT of open_clip's, or tiny, a small one built here [ours] D1
     teacher: str = "ViT-L-14-336-quickgelu"
-    weights: str = "openai"  # of the teacher [paper]: open_clip tag, file, or none: random
-    # sides in pixels of the square [paper] that images are squashed to [ours] D3, a multiple of the
-    # teacher's patch; give 128 for tiny
+    # of the teacher [paper]: open_clip tag, file, or none: random. OpenAI's weights, also from a
+    # file, want a teacher whose name ends in -quickgelu. A file holds a state_dict, as open_clip's
+    # downloads do; OpenAI's own download is a TorchScript archive and is refused
+    weights: str = "openai"
+    # sides in pixels of the square [paper], a multiple of the teacher's patch; give 128 for tiny.
+    # Images that are not square are squashed [ours] D3
     image_size: int = 336
     batch_size: int = 8  # images a training step [paper], of all processes of torchrun together
     epochs: int = 250  # passes over the training images [paper]; for VisA give 200 [paper]
-    lr: float = 1e-3  # Adam learning rate [paper]
-    experts: int = 5  # experts of the gated mixture [paper]
+    lr: float = 1e-3  # Adam learning rate [paper], x 0.2 at 80 % of the steps [ours] D22
+    experts: int = 5  # experts of the gated mixture [paper]; 1, with --top-k 1: no mixture
     top_k: int = 2  # experts that each token uses [paper]
-    # epochs of warm-up; the number is [paper]. In them the prompts learn and do not guide the
-    # decoder yet, which is [ours] D18
+    # epochs of warm-up; the number is [paper]. In them the prompts learn, and the constraint does
+    # not act on the decoder yet, which is [ours] D18
     theta: int = 5
     tau: float = 0.001  # temperature of the constraint [paper], role [ours] D17
-    moe: bool = True  # gated mixture of experts; --no-moe: one expert for all tokens
     fnp: bool = True  # feature-level normality promotion
     constraint: bool = True  # guide the decoded features towards normal text
 
@@ -149,23 +167,9 @@ class Config:
     checkpoint: str = ""
     resume: bool = False  # go on with an interrupted training
 
-    def check(self):
-        """Raises UserError for what RANGES cannot say."""
-        if self.top_k > self.experts:
-            raise UserError("--top-k: give at most --experts")
-        if self.constraint and self.theta >= self.epochs:
-            raise UserError("--theta: give less than --epochs, or the decoder is never guided")
-
-
-# Settings that a checkpoint fixes: with other ones it would not fit, or not mean the same.
-FIXED = ("teacher", "image_size", "experts", "top_k", "theta", "tau", "moe", "fnp", "constraint",
-         "seed", "holdout")
-RANGES = {"image_size": (16, 4096), "batch_size": (1, 10**6), "epochs": (1, 10**6), "lr": (0, 1),
-          "experts": (1, 1000), "top_k": (1, 1000), "theta": (0, 10**6), "tau": (1e-6, 1e3),
-          "seed": (0, 2**32 - 1), "holdout": (0, 0.9), "workers": (0, 1000)}
 
 # On the demo set two CPU cores are enough. [ours] D1
-DEMO = {"teacher": "tiny", "weights": "none", "image_size": 128, "epochs": 30, "workers": 0}
+DEMO = {"teacher": "tiny", "weights": "none", "image_size": 128, "epochs": 60, "workers": 0}
 
 
 # ---- frozen teacher: CLIP ------------------------------------------------------------------------
@@ -197,8 +201,8 @@ class Teacher(nn.Module):
         self.width = visual.class_embedding.shape[0]
         depth = len(visual.transformer.resblocks)
         self.taps = [round(depth * third / 3) for third in (1, 2, 3)]
-        # Tokens of a random CLIP are whitened (appendix); those of a trained one stay as they are.
-        self.whitening = Whitening(self.width) if self.random else None
+        # Tokens of a random CLIP are whitened (appendix), those of a trained one stay as they are.
+        self.whitening = Whitening(self.width) if self.random else nn.Identity()
         self.requires_grad_(False).eval()
 
     def train(self, mode=True):
@@ -208,16 +212,14 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, x):
         # open_clip's own way to intermediate blocks; it counts them from 0, and stops at the last.
-        with autocast(x, torch.float16):
+        with half_precision(x, torch.float16):
             found = self.clip.visual.forward_intermediates(
                 x, indices=[tap - 1 for tap in self.taps], stop_early=True,
                 intermediates_only=True, output_fmt="NLC", output_extra_tokens=True)
         tokens = []
         for cls, patches in zip(found["image_intermediates_prefix"], found["image_intermediates"]):
             tokens.append(torch.cat([cls, patches], dim=1))  # (B, 1 + N, C)
-        if self.random:
-            tokens = self.whitening(tokens)
-        return [t.half() for t in tokens]
+        return [t.half() for t in self.whitening(tokens)]
 
     def joint(self, tokens):
         """P(f): tokens of any tap (..., C) -> unit vectors in the space shared with text (..., D).
@@ -243,7 +245,7 @@ class PromptLearner(nn.Module):
     two free contexts drift to where their difference says nothing about defects.
 
     forward: a CLIP -> (taps, 2, D), unit vectors t_n and t_a for each tap. `start` is what they
-    were before any learning.
+    were before any learning. The CLIP is not stored here: it belongs to the teacher.
     """
 
     # "a object", since both sentences share their context.
@@ -253,25 +255,25 @@ class PromptLearner(nn.Module):
     def __init__(self, clip, tokenizer, taps):
         super().__init__()
         ids = tokenizer(self.SENTENCES)  # (2, length): start, context, sentence, end, padding
-        words = clip.token_embedding(ids).detach()  # (2, length, dim)
+        embeddings = clip.token_embedding(ids).detach()  # (2, length, dim)
         self.register_buffer("ids", ids)
-        self.register_buffer("words", words)
-        self.ctx = nn.Parameter(words[0, 1:1 + self.N_CTX].repeat(taps, 1, 1))
-        start = encode_prompts(clip, words, ids).detach()  # (2, D)
+        self.register_buffer("embeddings", embeddings)
+        self.ctx = nn.Parameter(embeddings[0, 1:1 + self.N_CTX].repeat(taps, 1, 1))
+        start = encode_prompts(clip, embeddings, ids).detach()  # (2, D)
         self.register_buffer("start", start.repeat(taps, 1, 1))
 
     def forward(self, clip):
         taps = len(self.ctx)
-        words = self.words.repeat(taps, 1, 1, 1)  # a copy, (taps, 2, length, dim)
-        words[:, :, 1:1 + self.N_CTX] = self.ctx[:, None]
-        text = encode_prompts(clip, words.flatten(0, 1), self.ids.repeat(taps, 1))
+        embeddings = self.embeddings.repeat(taps, 1, 1, 1)  # a copy, (taps, 2, length, dim)
+        embeddings[:, :, 1:1 + self.N_CTX] = self.ctx[:, None]
+        text = encode_prompts(clip, embeddings.flatten(0, 1), self.ids.repeat(taps, 1))
         return text.unflatten(0, (taps, 2))
 
 
-def encode_prompts(clip, words, ids):
-    """CLIP's frozen text tower, from its word embeddings on: words (n, length, dim), and their
-    tokens ids (n, length) -> unit vectors (n, D)."""
-    x = clip.transformer(words + clip.positional_embedding, attn_mask=clip.attn_mask)
+def encode_prompts(clip, embeddings, ids):
+    """CLIP's frozen text tower, from its token embeddings on: (n, length, dim), and the tokens
+    ids (n, length) -> unit vectors (n, D)."""
+    x = clip.transformer(embeddings + clip.positional_embedding, attn_mask=clip.attn_mask)
     x = clip.ln_final(x)  # (n, length, dim)
     # The mask lets a token read those before it, so only the end token has read the sentence. Its
     # id is the largest in CLIP's vocabulary.
@@ -284,7 +286,7 @@ def encode_prompts(clip, words, ids):
 # Three taps come in, one mixed token a patch goes through the bottleneck, three taps come out
 # again. The experts stand in the bottleneck, where patches of all kinds have to share the room.
 
-def expert(dim):
+def make_expert(dim):
     """(..., dim) -> (..., dim). [port]"""
     return nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim))
 
@@ -301,7 +303,7 @@ class GatedMoE(nn.Module):
         # A linear gate, one score an expert. [port]
         self.gate = nn.Linear(dim, num_experts)
         self.top_k = top_k
-        self.experts = nn.ModuleList(expert(dim) for _ in range(num_experts))
+        self.experts = nn.ModuleList(make_expert(dim) for _ in range(num_experts))
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):  # bf16 would change some choices
@@ -318,8 +320,8 @@ class GatedMoE(nn.Module):
             y = y + weights[..., k, None] * expert_k(x)
 
         # (std / mean)^2 of the experts' summed probabilities: 0 when all are equally probable.
-        # Without it the gate may settle on two experts that get all tokens and gradients. [port],
-        # where it stands commented out.
+        # Without it the gate may settle on two experts that get all tokens and gradients. [ours]
+        # D19, after a line of the port that is commented out there.
         load = scores.softmax(-1).sum((0, 1))
         balance = load.var(correction=0) / load.mean() ** 2
         return y, balance
@@ -328,9 +330,9 @@ class GatedMoE(nn.Module):
 class Student(nn.Module):
     """What CNC trains besides the prompts: fusion, experts, decoder.
 
-    forward: the teacher's taps [(B, 1 + N, C), ...], float32 -> the same shapes, reproduced, and
-    the balance loss. Fusion with dropout 0.1, and a decoder of one transformer block a tap. It runs
-    from deep to shallow: its first block reproduces the last tap. [port]
+    forward: standardised tokens (taps, B, 1 + N, C) -> the same shape, reproduced, and the balance
+    loss. Fusion with dropout 0.1, and a decoder of one transformer block a tap, which runs from
+    deep to shallow: its first block reproduces the last tap. [port]
     """
 
     def __init__(self, taps, dim, experts, top_k):
@@ -344,26 +346,30 @@ class Student(nn.Module):
                 dim, nhead=max(1, dim // 64), dim_feedforward=4 * dim, dropout=0.0,
                 activation="gelu", batch_first=True, norm_first=True))
 
-    def forward(self, features):
-        x = self.fuse(torch.cat(features, dim=-1)).float()  # (B, 1 + N, C)
+    def forward(self, tokens):
+        x = self.fuse(torch.cat([*tokens], dim=-1)).float()  # (B, 1 + N, C)
         mixed, balance = self.moe(x)
         x = x + mixed  # a residual connection, as mixtures in transformers have it [ours] D14
         decoded = []
         for block in self.blocks:
             x = block(x)
             decoded.insert(0, x)  # the block that runs last reproduces the first tap
-        return decoded, balance
+        return torch.stack(decoded), balance
 
 
 # ---- CNC -----------------------------------------------------------------------------------------
 # Teacher, prompts and student together: what text adds to reverse distillation. First the two small
-# formulas, margin and promotion, then the statistics that give a margin its scale, then the loss.
+# formulas, margin and promotion, then the statistics that give them a scale, then the loss.
+
+def difference(text):
+    """t_n - t_a of each tap: (taps, 2, D) -> (taps, 1, 1, D)."""
+    return (text[:, 0] - text[:, 1])[:, None, None]
+
 
 def margin(v, text):
     """<v, t_n - t_a>: how much nearer unit vectors v (taps, B, N, D) are to the normal text than to
-    the abnormal one, of text (taps, 2, D). Returns (taps, B, N)."""
-    direction = text[:, 0] - text[:, 1]  # (taps, D)
-    return (v * direction[:, None, None]).sum(-1)
+    the abnormal one. Returns (taps, B, N)."""
+    return (v * difference(text)).sum(-1)
 
 
 def promote(v, psi, text):
@@ -373,39 +379,41 @@ def promote(v, psi, text):
     (taps, B, N, D), not normalised, since the cosine that follows does that. That CNC has a
     promotion is [paper], its form [ours] D15.
 
-    Encoded and decoded patch gain the same vector, so their difference stays, and
-
-        1 - cos(e*, d*) = (|e - d|^2 - (|e*| - |d*|)^2) / (2 |e*| |d*|)
-
-    shrinks if both get longer. A patch gets longer if its margin is above -psi |t_n - t_a|^2 / 2,
-    as the average margin was in all that was run here.
+    Encoded and decoded patch gain the same vector: the same difference, longer vectors, a smaller
+    angle. A patch gets longer if its margin is above -psi |t_n - t_a|^2 / 2, which is below the
+    average margin, 0.
     """
-    direction = text[:, 0] - text[:, 1]  # (taps, D)
-    return v + psi[..., None] * direction[:, None, None]
+    return v + psi[..., None] * difference(text)
 
 
-class NormalMargins(nn.Module):
-    """The scale of margins: mean and standard deviation, (taps, 1, 1) each, of the margins of
-    encoded normal patches in a training step, averaged over all training steps so far. [ours] D15
+class NormalStatistics(nn.Module):
+    """What the tokens of normal images have in common, tap by tap: taken once from training images,
+    before the training, and fixed from then on. [ours] D21
 
-    What a margin of 0.05 means differs from tap to tap and from CLIP to CLIP; these two say it
-    without any label. The first epochs count, though the prompts still move: their text stays near
-    its start. (With torchrun they are of the first process's images.)
+    A trained CLIP's tokens share a large mean, and a few channels are huge in all of them
+    (arXiv:2411.14517), so any two are alike by a cosine. Then a decoder that always gives the same
+    answer is nearly right, and a margin says nothing. So the student reads and answers
+    *standardised* tokens, and patches are *centred* in the joint space: a decoder that knows
+    nothing has a loss of 1, and one that knows all of 0. And no direction of the joint space may
+    outweigh the others: where patches vary more than 8 times (chosen by trial) as much as in the
+    average direction, they are shrunk to that.
     """
 
-    def __init__(self, taps):
+    def __init__(self, taps, width, joint_width):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(taps, 1, 1))
-        self.register_buffer("std", torch.zeros(taps, 1, 1))
-        self.register_buffer("steps", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(taps, 1, 1, width))  # of the tokens' channels
+        self.register_buffer("std", torch.ones(taps, 1, 1, width))
+        self.register_buffer("centre", torch.zeros(taps, 1, 1, joint_width))  # mean of P(e)
+        self.register_buffer("shrink", torch.eye(joint_width).repeat(taps, 1, 1, 1))
+        # Of the margins of patches, with the prompts as they start: what a margin of 0.05 means
+        # differs from tap to tap and from CLIP to CLIP. Their mean is nearly 0, by the centring.
+        self.register_buffer("margin_std", torch.ones(taps, 1, 1))
 
-    @torch.no_grad()
-    def update(self, margins):
-        """Take in the margins (taps, B, N) of one training step."""
-        std, mean = torch.std_mean(margins, dim=(1, 2), correction=0, keepdim=True)
-        self.steps += 1
-        self.mean.lerp_(mean, 1 / self.steps)  # a running average: m += (new - m) / steps
-        self.std.lerp_(std, 1 / self.steps)
+
+def spectrum(tokens):
+    """Of vectors (taps, images, N, C), tap by tap, the eigenvalues (taps, C) and the eigenvectors
+    (taps, C, C) of their covariance matrix V L V^T."""
+    return torch.linalg.eigh(torch.stack([t.T.cov() for t in tokens.flatten(1, 2)]))
 
 
 class CNC(nn.Module):
@@ -436,37 +444,53 @@ class CNC(nn.Module):
         taps = len(self.teacher.taps)
         resize = Resize((self.size, self.size), InterpolationMode.BICUBIC)  # squashed [ours] D3
         self.preprocess = Compose([resize, PILToTensor()])
-        colours = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
-        colours |= getattr(clip.visual, "preprocess_cfg", {})  # what the weights were trained with
+        colours = clip.visual.preprocess_cfg  # what the weights were trained with
         normalise_colours = Normalize(colours["mean"], colours["std"])
         self.standardise = Compose([ConvertImageDtype(torch.float32), normalise_colours])
         self.prompts = PromptLearner(clip, self.teacher.tokenizer, taps)
-        self.margins = NormalMargins(taps)
-        experts = cfg.experts if cfg.moe else 1
-        top_k = cfg.top_k if cfg.moe else 1
-        self.student = Student(taps, self.teacher.width, experts, top_k)
+        self.normal = NormalStatistics(taps, self.teacher.width, clip.visual.output_dim)
+        self.student = Student(taps, self.teacher.width, cfg.experts, cfg.top_k)
+
+    @torch.no_grad()
+    def take_statistics(self, tokens):
+        """Fill in self.normal from the tokens of some normal images, (taps, images, 1 + N, C)."""
+        normal = self.normal
+        std, normal.mean = torch.std_mean(tokens, dim=(1, 2), keepdim=True)
+        normal.std = std + 1e-6  # a constant channel stays finite
+
+        joint = self.teacher.joint(tokens[:, :, 1:])  # (taps, images, N, D)
+        normal.centre = joint.mean((1, 2), keepdim=True)
+        values, vectors = spectrum(joint)
+        excess = (values / values.mean(1, keepdim=True) / 8).clamp(min=1)
+        normal.shrink = (vectors * excess.rsqrt()[:, None] @ vectors.mT)[:, None]
+
+        margins = margin(self.patches(tokens), self.text())
+        normal.margin_std = margins.std((1, 2), keepdim=True) + 1e-6
 
     def decode(self, features):
-        """Teacher features -> encoded and decoded tokens, float32, and the balance loss."""
-        encoded = [f.float() for f in features]
-        with autocast(features[0], torch.bfloat16):
-            decoded, balance = self.student(encoded)
-        return encoded, [d.float() for d in decoded], balance
+        """Teacher features -> encoded and decoded tokens, float32 (taps, B, 1 + N, C), and the
+        balance loss. The student works on standardised tokens."""
+        encoded = torch.stack(features).float()
+        standardised = (encoded - self.normal.mean) / self.normal.std
+        with half_precision(encoded, torch.bfloat16):
+            decoded, balance = self.student(standardised)
+        return encoded, decoded.float() * self.normal.std + self.normal.mean, balance
 
     def text(self):
         """t_n and t_a of each tap, (taps, 2, D)."""
         return self.prompts(self.teacher.clip)
 
     def patches(self, tokens):
-        """Lists of (B, 1 + N, C) -> patches in the joint space, unit vectors (taps, B, N, D)."""
-        return torch.stack([self.teacher.joint(t[:, 1:]) for t in tokens])
+        """Tokens (taps, B, 1 + N, C) -> their patches in the joint space, centred, unit vectors
+        (taps, B, N, D)."""
+        joint = self.teacher.joint(tokens[:, :, 1:])
+        return F.normalize((joint - self.normal.centre) @ self.normal.shrink, dim=-1)
 
     def psi(self, e, text):
         """The cross-modal control coefficient of encoded patches, (taps, B, N, D) -> (taps, B, N)
-        in 0..1: a sigmoid of how many standard deviations the margin is above the average of normal
-        patches. [ours] D15"""
-        deviations = (margin(e, text) - self.margins.mean) / (self.margins.std + 1e-6)
-        return deviations.sigmoid()
+        in 0..1: a sigmoid of how many standard deviations the margin is above 0, the average of
+        normal patches. [ours] D15"""
+        return (margin(e, text) / self.normal.margin_std).sigmoid()
 
     def distance(self, e, d, text):
         """1 - cos(e*, d*) of each patch: (taps, B, N, D) -> (taps, B, N) in 0..2. RD with a cosine
@@ -480,52 +504,49 @@ class CNC(nn.Module):
 
     def constraint(self, v, text, slack):
         """The cross-modal normality constraint on patches v (taps, B, N, D), a scalar: the cross
-        entropy of softmax(<v, [t_n, t_a]> / tau) against "normal", times tau. That it exists and
-        the value of tau are [paper], its form is [ours] D17.
+        entropy of a softmax over the cosines to t_n and t_a, divided by tau, against "normal";
+        times tau, so that a cosine weighs as much as in the distillation. That it exists and the
+        value of tau are [paper], its form is [ours] D17.
 
-        A softmax of two logits sees only their difference, the margin. We first take off a floor
-        that most normal patches exceed, mean - slack std: with excess = margin - (mean - slack std)
-
-            tau * cross entropy = tau * log(1 + exp(-excess / tau)),
-
-        at tau = 0.001 nearly a hinge: 0 where the excess is positive, else -excess, so a margin
-        weighs as much as a cosine of the distillation. Without the mean, the sign of the average
-        margin would decide whether all patches have a gradient or none.
+        t_n gets a bonus of `slack` standard deviations. At tau = 0.001 the loss is nearly a hinge:
+        0 for a patch whose margin is above -slack std, and for others what it is below that.
         """
-        excess = margin(v, text) - self.margins.mean + slack * self.margins.std  # (taps, B, N)
-        logits = torch.stack([excess, torch.zeros_like(excess)], dim=-1) / self.cfg.tau
-        normal = torch.zeros(excess.numel(), dtype=torch.long, device=v.device)  # the first text
-        return self.cfg.tau * F.cross_entropy(logits.flatten(0, 2), normal)
+        cosines = torch.einsum("tbnd,tkd->tbnk", v, text)
+        to_normal, to_abnormal = cosines.unbind(-1)
+        bonus = slack * self.normal.margin_std
+        logits = torch.stack([to_normal + bonus, to_abnormal], dim=-1) / self.cfg.tau
+        return -self.cfg.tau * logits.log_softmax(dim=-1)[..., 0].mean()
+
+    def prompt_loss(self, e, text):
+        """What the prompts learn from encoded normal patches: to lift every margin that is below
+        the average. |text - start|^2, the distance to the words that they started as, holds them
+        back: without it t_a would move away from all normal patches, whatever "damaged" means.
+        [ours] D13"""
+        drift = (text - self.prompts.start).square().sum((1, 2)).mean()
+        return self.constraint(e, text, slack=0.0) + drift
 
     def forward(self, features, warm_up=False):
         """The loss, a scalar: L = L_distillation + 0.01 L_balance + (in the warm-up: prompt_loss;
         after it: constraint). The weights are [ours] D19.
 
-        In the warm-up the constraint reads *encoded* patches and teaches the prompts; after it, it
-        reads *decoded* patches [paper] and teaches the decoder, and the prompts are fixed. This
-        meaning of theta is [ours] D18.
+        The promotion acts from the first step on. The constraint waits for the end of the warm-up:
+        in it *encoded* patches teach the prompts; after it the prompts are fixed, and *decoded*
+        patches [paper] teach the decoder. This meaning of theta is [ours] D18.
         """
         encoded, decoded, balance = self.decode(features)
         e = self.patches(encoded)
         d = self.patches(decoded)
-        text = self.text()
-        fixed_text = text.detach()
-        self.margins.update(margin(e, fixed_text))
+        with torch.set_grad_enabled(warm_up):  # no graph where nothing is to be learned
+            text = self.text()
 
         # The distillation must not teach the prompts: they could learn to hide errors.
+        fixed_text = text.detach()
         loss = self.distance(e, d, fixed_text).mean() + self.BALANCE_WEIGHT * balance
         if warm_up:
             loss = loss + self.prompt_loss(e, text)
         elif self.cfg.constraint:
             loss = loss + self.constraint(d, fixed_text, self.SLACK)
         return loss
-
-    def prompt_loss(self, e, text):
-        """What the prompts learn from encoded normal patches: to lift every margin that is below
-        the average so far. |text - start|^2, the distance to the words that they started as, holds
-        them back, and keeps "damaged" damaged. [ours] D13"""
-        drift = (text - self.prompts.start).square().sum((1, 2)).mean()
-        return self.constraint(e, text, slack=0.0) + drift
 
     def describe(self, features):
         """Teacher features -> (pooled (B, 2 * taps * C), raw anomaly map (B, S, S) in 0..2).
@@ -536,29 +557,26 @@ class CNC(nn.Module):
         are for CADA: frozen features of the whole image tell its class. [ours] D4
         """
         encoded, decoded, _ = self.decode(features)
-        e = self.patches(encoded)  # (taps, B, N, D)
+        e = self.patches(encoded)
         d = self.patches(decoded)
         m = self.distance(e, d, self.text()).mean(0)  # over taps: (B, N)
         grid = m.view(-1, 1, self.teacher.grid, self.teacher.grid)
         maps = F.interpolate(grid, (self.size, self.size), mode="bilinear")[:, 0]
 
-        pooled = []
-        for tokens in encoded:
-            std, mean = torch.std_mean(tokens[:, 1:], dim=1)  # (B, C) each
-            pooled += [mean, std]
-        return torch.cat(pooled, dim=1), maps
+        std, mean = torch.std_mean(encoded[:, :, 1:], dim=2)  # (taps, B, C) each
+        return torch.cat([*mean, *std], dim=1), maps
 
 
-# ==== shared: map and score
+# ==== shared: score
 # These turn an anomaly map into one number an image, and many numbers into a threshold.
 
 def smooth(maps):
-    """Gaussian blur of (N, H, W) maps. Sigma is 4 pixels at 256 x 256 [author], in proportion at
-    other sizes. There the kernel is cut to 5 x 5; here it reaches 4 sigma, and edges repeat.
-    [ours] D8
+    """Gaussian blur of (N, H, W) maps. Sigma is 4 pixels at 256 x 256 [author], and grows with the
+    size of the image. The author's code cuts the kernel to 5 x 5; ours reaches 4 sigma, and edges
+    are repeated. [ours] D8
 
     The kernel sums to one, so with repeated edges a constant map stays constant. The blur therefore
-    commutes with (A - u) / (gamma - u): to normalise before it [author] or after it is the same.
+    commutes with (A - u) / (gamma - u): to align before it [author] or after it is the same.
     """
     sigma = maps.shape[-1] / 64  # 256 / 64 = 4
     # A sigma of 0 along the first dimension keeps images apart.
@@ -576,19 +594,112 @@ def image_score(maps):
 
 def conformal_threshold(scores, quantile=0.99):
     """The ceil((n + 1) quantile)-th smallest of the scores (n,) of normal images, or the largest if
-    there are fewer. A new normal image like these lies above it with a probability of at most
-    1 - quantile, if n is large enough (99 for 0.99) and nothing has learned from these n. (In
-    cada.py CADA has, and the promise is a little weaker.) [ours] D9"""
+    there are fewer. [ours] D9
+
+    A new normal image like these lies above it with a probability of at most 1 - quantile, if n is
+    large enough (99 for 0.99) and nothing has learned from these n. (In cada.py CADA has learned
+    from them, which weakens the promise a little.)
+    """
     n = len(scores)
     rank = min(math.ceil((n + 1) * quantile), n)  # the + 1 counts the new image among the n
     return scores.kthvalue(rank).values.item()
 # ==== end shared
 
 
+# ==== shared: batches and features
+# How training and evaluation see the data: which images are kept back, in which order the others
+# come, and features of a frozen teacher that are computed once.
+
+def hold_out(cfg, samples, checkpoint):
+    """Indices of the normal images to train on, and of those kept back at random for the threshold,
+    because the decoder knows its training images too well. With --holdout 0 both are all images,
+    and the threshold comes out too low. [ours] D9
+
+    Raises UserError if the checkpoint was trained on other images, perhaps on some kept back now.
+    """
+    kept = held = list(range(len(samples)))
+    if cfg.holdout > 0:
+        kept, held = train_test_split(kept, test_size=cfg.holdout, random_state=cfg.seed)
+    if checkpoint and checkpoint["images"] != image_names([samples[i] for i in kept]):
+        raise UserError(f"--data {cfg.data}: not the images of the checkpoint; give its --data")
+    if len(held) < 99:
+        print(f"threshold: the highest score of {len(held)} normal images; expect "
+              f"{1 / (len(held) + 1):.0%} of false alarms or more", file=sys.stderr)
+    return kept, held
+
+
+def image_names(samples):
+    """What a checkpoint knows images by: class and file name."""
+    return [(s.cls, s.path.name) for s in samples]
+
+
+def shuffled_batches(cfg, n, steps):
+    """The batches of a whole training run, lists of indices below n, epoch after epoch. They follow
+    from the settings alone, so a resumed run goes on with the same ones."""
+    size = cfg.batch_size // WORLD_SIZE  # WORLD_SIZE: the number of torchrun's processes, or 1
+    # Each process (RANK says which) has an order of its own. The i-th images of all shares are
+    # neighbours in the data set, often of one class: in one order these would meet in one step.
+    generator = torch.Generator().manual_seed(cfg.seed + RANK)
+    epochs = math.ceil(steps * size / n)  # a batch may reach into the next epoch
+    order = torch.cat([torch.randperm(n, generator=generator) for _ in range(epochs)])
+    return order[:steps * size].view(steps, size).tolist()
+
+
+def image_features(cfg, detector, samples, batches=None):
+    """Yield the teacher's features of the same batches. Raises UserError if they are not finite."""
+    for x in image_batches(cfg, detector, samples, batches):
+        features = detector.teacher(x)
+        if not all(f.isfinite().all() for f in features):
+            raise UserError(f"--teacher {cfg.teacher} --weights {cfg.weights}: its features do not "
+                            "fit float16, or are no numbers; take other weights")
+        yield features
+
+
+def training_features(cfg, detector, samples, batches):
+    """Yield the teacher's features of each batch of indices. Training uses no augmentation, so
+    every epoch would compute the same: they are computed once [ours] D2, or with --no-cache anew.
+
+    The features of an image are one row of float16 in an unnamed file in --out, which disappears
+    with the process, even a killed one. The system keeps in memory what fits.
+    """
+    if not cfg.cache:
+        yield from image_features(cfg, detector, samples, batches)
+        return
+
+    file = tempfile.TemporaryFile(dir=cfg.out)
+    for features in image_features(cfg, detector, samples):
+        rows = torch.cat([f.flatten(1) for f in features], dim=1)
+        file.write(rows.cpu().numpy())  # a full disk is an error here; in a mapped file, a crash
+    shapes = [f.shape[1:] for f in features]  # those of one image, as all images have them
+    sizes = [shape.numel() for shape in shapes]
+    device = features[0].device
+    stored = np.memmap(file, np.float16, "r", shape=(len(samples), sum(sizes)))
+    for batch in batches:
+        rows = torch.from_numpy(stored[batch]).to(device)
+        yield [f.unflatten(1, shape) for f, shape in zip(rows.split(sizes, dim=1), shapes)]
+
+
+@torch.no_grad()
+def describe_images(cfg, detector, samples):
+    """Yield pooled features (B, F) and raw anomaly maps (B, S, S) of the samples, batch by batch,
+    on the CPU."""
+    detector.eval()  # no dropout, BatchNorm frozen: a score must not depend on chance or its batch
+    for features in image_features(cfg, detector, samples):
+        pooled, maps = detector.describe(features)
+        yield pooled.cpu(), maps.cpu()
+# ==== end shared
+
+
 # ---- training ------------------------------------------------------------------------------------
-# The decoder learns from the first step on. In the warm-up the prompts learn too; after it they are
-# fixed and guide the decoder. With torchrun several processes train together, each on its share of
-# the images.
+# The decoder learns from the first step on, by the distillation. In the warm-up the prompts learn,
+# too; after it they are fixed, and the constraint acts on the decoder. With torchrun several
+# processes train together, each on its share of the images.
+
+def all_tokens(cfg, detector, samples):
+    """The tokens of all samples at once, float32 (taps, samples, 1 + N, C)."""
+    batches = [torch.stack(features) for features in image_features(cfg, detector, samples)]
+    return torch.cat(batches, dim=1).float()
+
 
 def build(cfg, checkpoint):
     """The detector on its device, with the weights of a checkpoint if there is one."""
@@ -610,48 +721,50 @@ def train(cfg, detector, samples, checkpoint):
     gradients. There is no validation and no best epoch, which only test images could choose: the
     last step counts.
     """
-    steps_an_epoch = len(samples) / cfg.batch_size  # a batch may reach into the next epoch
-    steps = max(1, round(cfg.epochs * steps_an_epoch))
-    start = checkpoint["step"] if checkpoint else 0
-    if start >= steps:  # trained already
+    steps = max(1, round(cfg.epochs * len(samples) / cfg.batch_size))
+    start, losses = first_step(cfg, checkpoint, steps)
+    if start == steps:  # trained already
         return checkpoint
-    # Every process whitens with all images, so that all have the same random teacher.
-    if detector.teacher.random and start == 0:
-        detector.teacher.whitening.estimate(detector.teacher,
-                                            image_batches(cfg, detector, samples))
+    if start == 0:  # with torchrun in every process, from the same images
+        chosen = samples[::math.ceil(len(samples) / 128)]  # enough: each has hundreds of patches
+        if detector.teacher.random:
+            detector.teacher.whitening.estimate(all_tokens(cfg, detector, chosen))
+        detector.take_statistics(all_tokens(cfg, detector, chosen))
 
     parameters = [*detector.student.parameters(), *detector.prompts.parameters()]
     optimizer = torch.optim.Adam(parameters, cfg.lr, fused=True)  # [paper]
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
-        optimizer.param_groups[0]["lr"] = cfg.lr  # a flag overrides the checkpoint
     # Under torchrun the gradient is the mean over all processes. After the warm-up the prompts have
     # no gradient: hence find_unused_parameters.
-    engine = detector
+    model = detector
     if WORLD_SIZE > 1:
         distributed.init_process_group()
-        engine = nn.parallel.DistributedDataParallel(detector, find_unused_parameters=True)
+        model = nn.parallel.DistributedDataParallel(detector, find_unused_parameters=True)
 
     share = samples[RANK::WORLD_SIZE]  # the images of this process
     batches = shuffled_batches(cfg, len(share), steps)
-    features = teacher_features(cfg, detector, share, batches[start:])
+    stream = training_features(cfg, detector, share, batches[start:])
     detector.train()
-    bar = tqdm(features, "training", steps, initial=start, disable=None)
-    for step, encoded in enumerate(bar, start + 1):
-        # Dropout draws the same in a resumed run: the hash of integers is always the same.
-        torch.manual_seed(hash((cfg.seed, RANK, step - 1)))
-        warm_up = step - 1 < cfg.theta * steps_an_epoch
-        loss = engine(encoded, warm_up=warm_up)
-        optimizer.zero_grad(set_to_none=True)
+    stream = tqdm(stream, "training", steps, initial=start, disable=None)
+    for step, features in enumerate(stream, start + 1):
+        # The rate follows from the step alone, so a resumed run needs no state of a scheduler. It
+        # falls [ours] D22: else the result would be that of one lucky or unlucky last step.
+        optimizer.param_groups[0]["lr"] = cfg.lr * (0.2 if step > 0.8 * steps else 1)
+        torch.manual_seed(cfg.seed + step)  # so dropout draws the same in a resumed run
+
+        epoch = (step - 1) * cfg.batch_size / len(samples)  # a batch may reach into the next one
+        loss = model(features, warm_up=epoch < cfg.theta)
+        optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
-        if step % 20 == 0:  # seldom: item() waits for the GPU
-            bar.set_postfix(loss=f"{loss.item():.4f}")
         if step % math.ceil(steps / 10) == 0 or step == steps:  # about ten times
-            checkpoint = {"images": [(s.cls, s.path.name) for s in samples], "step": step,
+            losses[step] = loss.item()
+            checkpoint = {"images": image_names(samples), "step": step, "losses": losses,
                           "optimizer": optimizer.state_dict()}
             save_checkpoint(cfg, detector, checkpoint)
+            remove_results(cfg)  # those of an earlier run, which are not this checkpoint's
 
     if WORLD_SIZE > 1:
         distributed.destroy_process_group()
@@ -660,20 +773,36 @@ def train(cfg, detector, samples, checkpoint):
 
 # ---- calibration and evaluation ------------------------------------------------------------------
 
-def calibrate(cfg, detector, held):
-    """Take the threshold, and the mean that pictures show as black, from normal images that were
-    kept back from training. Returns what the checkpoint keeps of it."""
-    parts = [(image_score(smooth(maps)), maps.mean((1, 2)))
-             for _, maps in describe_images(cfg, detector, held)]
-    scores, means = map(torch.cat, zip(*parts))  # (N,) each
-    return {"thresholds": {"cnc": conformal_threshold(scores)},
-            "means": {"cnc": means.mean().item()}}
+def calibrate(cfg, detector, held_images):
+    """Take the threshold from normal images that were kept back from training. Returns what the
+    checkpoint keeps of it."""
+    scores = [image_score(smooth(maps)) for _, maps in describe_images(cfg, detector, held_images)]
+    return {"thresholds": {"cnc": conformal_threshold(torch.cat(scores))}}
 
 
 def evaluate(cfg, detector, test, checkpoint):
-    """Report how well the maps tell good from defective test images."""
+    """Report how well the maps tell good from defective test images, and what the text knows."""
     maps = [smooth(raw) for _, raw in describe_images(cfg, detector, test)]
     report(cfg, test, detector.size, [("cnc", torch.cat(maps))], "cnc", checkpoint)
+    report_text(cfg, detector, test[::math.ceil(len(test) / 128)])  # every k-th image will do
+
+
+@torch.no_grad()
+def report_text(cfg, detector, samples):
+    """Print whether the text knows anything: how well -margin tells defective patches from others,
+    or without masks defective images by their lowest margin. psi and the constraint rest on that,
+    and a plain CLIP may even see it the wrong way round: its patches are known to prefer the
+    background (arXiv:2304.05653)."""
+    e = detector.patches(all_tokens(cfg, detector, samples))
+    margins = margin(e, detector.text()).cpu()  # (taps, N, patches)
+    defective = load_masks(samples, detector.teacher.grid).reshape(margins[0].shape)
+    if not defective.any():
+        defective = np.array([s.label == 1 for s in samples])
+        margins = margins.amin(2)
+    if defective.any() and not defective.all():
+        found = [f"{100 * roc_auc_score(defective.ravel(), -m.ravel()):.1f}" for m in margins]
+        print("AUROC of the text alone, by tap:", *found, "(50: it says nothing; below: it "
+              "misleads, take --no-fnp --no-constraint)")
 
 
 # ---- the script ----------------------------------------------------------------------------------
@@ -703,9 +832,26 @@ def run(argv):
         evaluate(cfg, detector, test, checkpoint)
 
 
-# ---- Appendix: what any such script needs --------------------------------------------------------
-# One who reads for the paper may stop here. First CLIP from its library, and the random one that
-# needs no download.
+# ---- Appendix ------------------------------------------------------------------------------------
+# First what only this script needs: rules for its settings, CLIP from its library, and a random one
+# that needs no download. Then what any such script needs.
+
+# Written into checkpoints. Whoever changes what they hold changes this name, too.
+WRITER = "cnc.py 2"
+# The settings of a checkpoint stay as they are, and another value is an error, but for these.
+PLACES = "command checkpoint out weights device workers "
+FREE = {"train": PLACES + "resume data cache epochs lr",  # that is, --resume
+        "eval": PLACES + "data batch_size",
+        "predict": PLACES + "paths batch_size"}
+
+
+def check_method(cfg):
+    """Raises UserError for settings that exclude each other."""
+    if cfg.top_k > cfg.experts:
+        raise UserError("--top-k: give at most --experts")
+    if cfg.constraint and cfg.theta >= cfg.epochs:
+        raise UserError("--theta: give less than --epochs, or the decoder is never guided")
+
 
 def load_clip(cfg):
     """A CLIP and its tokenizer: tiny, or open_clip's of that name.
@@ -715,7 +861,6 @@ def load_clip(cfg):
     """
     name = cfg.teacher
     weights = cfg.weights
-    logging.disable(logging.CRITICAL)  # open_clip logs what we report ourselves
     try:
         if name == "tiny":
             clip = tiny_clip(cfg.image_size)
@@ -724,8 +869,8 @@ def load_clip(cfg):
             tokenizer = open_clip.SimpleTokenizer(context_length=TINY_TEXT["context_length"])
         else:
             # Weights that were trained with QuickGELU, x * sigmoid(1.702 x), as OpenAI's were,
-            # would run with plain GELU and be a little wrong in every block. open_clip warns; we
-            # stop.
+            # would run with plain GELU and be a little wrong in every block. For a tag open_clip
+            # warns, and we stop; of a file nobody knows.
             with warnings.catch_warnings():
                 warnings.filterwarnings("error", "QuickGELU mismatch")
                 # open_clip knows itself whether these weights are a tag or a file. pretrained_text
@@ -734,17 +879,14 @@ def load_clip(cfg):
                 clip = open_clip.create_model(name, pretrained, force_image_size=cfg.image_size,
                                               pretrained_text=False)
             tokenizer = open_clip.get_tokenizer(name)
-        plain_text = isinstance(tokenizer, open_clip.SimpleTokenizer)
-        plain_image = getattr(clip.visual, "pool_type", "") == "tok"
-        if not (isinstance(clip, open_clip.CLIP) and plain_text and plain_image):
+        plain = isinstance(clip, open_clip.CLIP) and clip.visual.pool_type == "tok"
+        if not (plain and isinstance(tokenizer, open_clip.SimpleTokenizer)):
             raise ValueError("not a plain ViT with a CLS token and a text tower of CLIP's kind")
         return clip, tokenizer
     except Exception as e:  # a failed download, a broken file, an unknown name: many kinds
-        raise UserError(f"--teacher {name} --weights {weights}: {str(e)[:200]}; give tiny or a ViT "
-                        "of open_clip's, as ViT-B-16-quickgelu, and a tag or file of its weights, "
-                        "or none")
-    finally:
-        logging.disable(logging.NOTSET)
+        raise UserError(f"--teacher {name} --weights {weights}: {str(e)[:200]}; give tiny or a "
+                        "plain ViT of open_clip's, as ViT-B-16-quickgelu, and a tag of its "
+                        "weights, a file of them in float32, or none")
 
 
 # A CLIP that needs no download: random weights from a seed, small enough for a CPU. [ours] D1
@@ -756,6 +898,8 @@ def tiny_clip(size):
     vision = {"image_size": size, "patch_size": 16, "width": 192, "layers": 6}
     clip = open_clip.CLIP(embed_dim=192, vision_cfg=vision, text_cfg=TINY_TEXT)
     clip.visual.positional_embedding.data *= 0.3  # tuned: as it is drawn, it outweighs texture
+    clip.visual.preprocess_cfg = {"mean": open_clip.OPENAI_DATASET_MEAN,
+                                   "std": open_clip.OPENAI_DATASET_STD}
     nn.init.orthogonal_(clip.visual.proj)  # as good as a rotation: the joint space keeps cosines
     return clip
 
@@ -770,136 +914,73 @@ class Whitening(nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(3, 1, width))
+        self.register_buffer("mean", torch.zeros(3, 1, 1, width))
         self.register_buffer("matrix", torch.eye(width).repeat(3, 1, 1))
 
     def forward(self, tokens):
-        """[(B, 1 + N, C)] -> the same. Tokens differ in length from block to block and from CLS to
-        patch, hence the layer normalisation."""
-        whitened = []
-        for t, mean, matrix in zip(tokens, self.mean, self.matrix):
-            normalised = F.layer_norm(t.float(), (t.shape[-1],))
-            whitened.append((normalised - mean) @ matrix)
-        return whitened
+        """A list of three (B, 1 + N, C) -> (3, B, 1 + N, C). Tokens differ in length from block to
+        block and from CLS to patch, hence the layer normalisation."""
+        tokens = torch.stack(tokens).float()
+        return (F.layer_norm(tokens, tokens.shape[-1:]) - self.mean) @ self.matrix[:, None]
 
-    def estimate(self, teacher, batches):
-        """Take mean and covariance from the tokens of training images, tap by tap."""
-        # Sums over all tokens, in float64, because a difference of two large ones follows.
-        count = 0
-        total = torch.zeros(self.mean.shape, dtype=torch.float64)
-        products = torch.zeros(self.matrix.shape, dtype=torch.float64)
-        for x in batches:
-            # (taps, B * (1 + N), C), only layer-normalised: the matrix is the identity as yet
-            tokens = torch.stack(teacher(x)).flatten(1, 2).cpu().double()
-            count += tokens.shape[1]
-            total += tokens.sum(1, keepdim=True)
-            products += tokens.mT @ tokens
-
-        mean = total / count  # (taps, 1, C)
-        covariance = products / count - mean.mT @ mean  # (taps, C, C); of one tap: V L V^T
-        self.mean.copy_(mean)
-        # The whitening matrix of a tap is W = V (L / l_max + 1/1000)^(-1/2) V^T. Directions with
-        # less than a thousandth of the largest variance count as noise, which stays small.
-        for tap in range(3):
-            values, vectors = torch.linalg.eigh(covariance[tap])  # (C,), rising, and (C, C)
-            scale = (values / values[-1] + 1e-3).rsqrt()
-            self.matrix[tap] = (vectors * scale) @ vectors.T
+    def estimate(self, tokens):
+        """Take mean and covariance from layer-normalised tokens of training images, (3, images,
+        1 + N, C): the teacher's features while the matrix is the identity."""
+        self.mean = tokens.mean((1, 2), keepdim=True)
+        # With the covariance V L V^T of a tap this is V (L / l_max + 1/1000)^(-1/2) V^T: directions
+        # with less than a thousandth of the largest variance count as noise, which stays small.
+        values, vectors = spectrum(tokens.double())
+        scale = (values / values[:, -1:] + 1e-3).rsqrt()
+        self.matrix = ((vectors * scale[:, None]) @ vectors.mT).float()
 
 
-# ==== shared: features and checkpoint
-# What training needs besides a model: images kept back, batches in a fixed order, features that are
-# computed once, and a checkpoint.
-
-def hold_out(cfg, samples, checkpoint):
-    """Indices of the normal images to train on, and of those kept back at random for the threshold,
-    because the decoder knows its training images too well. With --holdout 0 both are all images,
-    and the threshold comes out too low. [ours] D9
-
-    Raises UserError if the checkpoint was trained on other images, perhaps on some kept back now.
-    """
-    kept = held = list(range(len(samples)))
-    if cfg.holdout > 0:
-        kept, held = train_test_split(kept, test_size=cfg.holdout, random_state=cfg.seed)
-    images = [(samples[i].cls, samples[i].path.name) for i in kept]
-    if checkpoint and checkpoint["images"] != images:
-        raise UserError(f"--data {cfg.data}: not the images of the checkpoint; give its --data")
-    if len(held) < 99:
-        print(f"threshold: the highest score of {len(held)} normal images; expect "
-              f"{1 / (len(held) + 1):.0%} of false alarms or more", file=sys.stderr)
-    return kept, held
+# ==== shared: checkpoint
+RESULTS = ("scores.csv", "metrics.json", "heatmaps.png", "distributions.png")
 
 
-def shuffled_batches(cfg, n, steps):
-    """The batches of a whole training run, lists of indices below n, epoch after epoch. They follow
-    from the settings alone, so a resumed run goes on with the same ones."""
-    size = cfg.batch_size // WORLD_SIZE
-    # Each process of torchrun has an order of its own. The i-th images of all shares are neighbours
-    # in the data set, often of one class: if all had the same order, these would meet in one step.
-    generator = torch.Generator().manual_seed(cfg.seed + RANK)
-    epochs = math.ceil(steps * size / n)  # a batch may reach into the next epoch
-    order = torch.cat([torch.randperm(n, generator=generator) for _ in range(epochs)])
-    return order[:steps * size].view(steps, size).tolist()
+def first_step(cfg, checkpoint, steps):
+    """Where a training starts, which is told: the number of steps done, and their losses. Raises
+    UserError if these are more than `steps`."""
+    if not checkpoint:
+        if Path(cfg.out, "checkpoint.pt").exists():
+            print(f"{cfg.out}: holds another training, which this one replaces", file=sys.stderr)
+        return 0, {}
+    done = checkpoint["step"]
+    print(f"--resume: seed {cfg.seed}, step {done} of {steps}", file=sys.stderr)
+    if done > steps:
+        raise UserError("--resume: trained for longer already; give a larger number")
+    return done, checkpoint["losses"]
 
 
-def teacher_features(cfg, detector, samples, batches):
-    """Yield the teacher's features of each batch of indices. Training uses no augmentation, so
-    every epoch would compute the same: they are computed once [ours] D2, or with --no-cache anew.
-
-    The features of an image are one row of float16 in an unnamed file in --out, which disappears
-    with the process, even a killed one. The system keeps in memory what fits.
-    """
-    if not cfg.cache:
-        for x in image_batches(cfg, detector, samples, batches):
-            yield detector.teacher(x)
-        return
-
-    file = tempfile.TemporaryFile(dir=cfg.out)
-    for x in image_batches(cfg, detector, samples):
-        features = detector.teacher(x)
-        rows = torch.cat([f.flatten(1) for f in features], dim=1)
-        file.write(rows.cpu().numpy())  # a full disk is an error here; in a mapped file, a crash
-    shapes = [f.shape[1:] for f in features]
-    sizes = [shape.numel() for shape in shapes]
-    stored = np.memmap(file, np.float16, "r", shape=(len(samples), sum(sizes)))
-    for batch in batches:
-        rows = torch.from_numpy(stored[batch]).to(x.device)
-        yield [f.unflatten(1, shape) for f, shape in zip(rows.split(sizes, dim=1), shapes)]
-
-
-@torch.no_grad()
-def describe_images(cfg, detector, samples):
-    """Yield pooled features (B, F) and raw anomaly maps (B, S, S) of the samples, batch by batch,
-    on the CPU."""
-    detector.eval()  # no dropout, BatchNorm frozen: a score must not depend on chance or its batch
-    for x in image_batches(cfg, detector, samples):
-        pooled, maps = detector.describe(detector.teacher(x))
-        yield pooled.cpu(), maps.cpu()
+def remove_results(cfg):
+    """Remove what an earlier run has reported into --out."""
+    for name in RESULTS:
+        Path(cfg.out, name).unlink(missing_ok=True)
 
 
 def save_checkpoint(cfg, detector, checkpoint):
-    """Write checkpoint.pt, whole or not at all, and remove the results of an earlier run from
-    --out. A checkpoint is a dict of plain values and tensors:
+    """Write checkpoint.pt, whole or not at all, and say so. Raises UserError for weights that are
+    not finite, and if the file cannot be written. A checkpoint is a dict of plain values:
 
-        script, config     who wrote it, with which settings
+        writer, config     who wrote it, with which settings
         weights            a state_dict for each part of the detector, without a trained teacher
         fingerprint        of the teacher
         images             class and file name of each image that it was trained on
         step, optimizer    to go on from
-        thresholds, means  by variant, see calibrate; {} before the training is finished
+        losses             {step: loss}, for the steps at which a checkpoint was written
+        thresholds         by variant, see calibrate; {} before the training is finished
         and of cada.py     cada, oracle; cnc, the settings of CNC if that is the detector
-
-    Raises UserError for weights that are not finite, and if the file cannot be written.
     """
     if RANK > 0:  # of torchrun's processes only the first writes
         return
     weights = {name: part.state_dict() for name, part in detector.named_children()}
-    for w in weights["student"].values():
-        if not w.isfinite().all():
-            raise UserError("the training diverged, its weights are not finite; give a lower --lr")
     if not detector.teacher.random:
         del weights["teacher"]  # they have a file of their own
-    content = {"thresholds": {}, "means": {}} | checkpoint | {
-        "script": SCRIPT, "config": asdict(cfg), "weights": weights,
+    for part in weights.values():
+        if not all(w.isfinite().all() for w in part.values()):
+            raise UserError("the training diverged, its weights are not finite; give a lower --lr")
+    content = {"thresholds": {}} | checkpoint | {
+        "writer": WRITER, "config": asdict(cfg), "weights": weights,
         "fingerprint": fingerprint(detector.teacher)}
 
     path = Path(cfg.out, "checkpoint.pt")
@@ -911,37 +992,42 @@ def save_checkpoint(cfg, detector, checkpoint):
         raise UserError(f"{path}: cannot be written: {e}; is there room in --out?")
     finally:
         unfinished.unlink(missing_ok=True)
-    for name in RESULTS:
-        Path(cfg.out, name).unlink(missing_ok=True)
+    step = content["step"]
+    told = content["thresholds"] or "--resume would go on from here"
+    tqdm.write(f"{path}: step {step}, loss {content['losses'][step]:.4f}; {told}", sys.stderr)
 
 
-def read_checkpoint(path, script):
-    """A checkpoint that `script` wrote. Raises UserError if it is none."""
+def read_checkpoint(path, writer):
+    """A checkpoint that `writer` wrote. Raises UserError if it is none."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["script"] != script:
-            raise ValueError(f"{checkpoint['script']} wrote it")
+        found = checkpoint.get("writer", "another version")
+        if found != writer:
+            raise ValueError(f"{found} wrote it")
     except Exception as e:  # no such file, no checkpoint, a malicious one: many kinds
-        raise UserError(f"{path}: no checkpoint of {script}: {str(e)[:100]}; name one, or train")
+        raise UserError(f"{path}: no checkpoint of {writer}: {str(e)[:100]}; name one, or train")
     return checkpoint
 
 
 def load_weights(detector, checkpoint):
     """Put the weights of a checkpoint into the detector. Raises UserError if its teacher is not the
-    one that the checkpoint was trained with."""
-    weights = checkpoint["weights"]
-    same = detector.teacher.random == ("teacher" in weights)  # both random, or both trained
-    if same:
-        for name in weights:
-            detector.get_submodule(name).load_state_dict(weights[name])
-        same = math.isclose(fingerprint(detector.teacher), checkpoint["fingerprint"], rel_tol=1e-6)
-    if not same:
+    one that the checkpoint was trained with, and for weights of another version."""
+    expected = checkpoint["fingerprint"]
+    if not math.isclose(fingerprint(detector.teacher), expected, rel_tol=1e-6):
         raise UserError("--weights: not the teacher of the training; give the same weights")
+    try:
+        for name, weights in checkpoint["weights"].items():
+            detector.get_submodule(name).load_state_dict(weights)
+    except (AttributeError, RuntimeError) as e:
+        raise UserError(f"the checkpoint is of another version: {str(e)[:200]}; train anew")
 
 
-def fingerprint(module):
-    """A number that tells whether a file or a download still holds the same weights."""
-    return sum(w.double().abs().sum().item() for w in module.state_dict().values())
+def fingerprint(teacher):
+    """A number that tells whether a file or a download still holds the same weights. 0 for a random
+    teacher, whose weights are in the checkpoint."""
+    if teacher.random:
+        return 0.0
+    return sum(w.double().abs().sum().item() for w in teacher.state_dict().values())
 # ==== end shared
 
 
@@ -983,14 +1069,13 @@ def read_dataset(root, training=True):
         raise UserError(f"--data {root}: no such folder; give its place, also if it has moved")
     visa = (root / "split_csv/1cls.csv").is_file()
     train, test = read_visa(root) if visa else read_mvtec(root)
-    images = train + test if training else test
-    if not images:
-        raise UserError(f"--data {root}: {len(train)} training, 0 test images; see data/README.md")
+    if not (training or test):
+        raise UserError(f"--data {root}: no test images; see data/README.md")
     untrained = {s.cls for s in test} - {s.cls for s in train}
     if training and (len(train) < 10 or untrained):
         raise UserError(f"--data {root}: {len(train)} training images, classes without: "
                         f"{sorted(untrained)}; put 10 or more normal ones into <class>/train/good")
-    check_files(images)
+    check_files(train + test if training else test)
 
     # Most of what can go wrong with a data set shows in this line.
     masks = {s.mask for s in test if s.mask}
@@ -1009,29 +1094,35 @@ def read_mvtec(root):
     """Read an MVTec-style tree, <class>/{train/good,test/<kind>,ground_truth/<kind>}/*, or the
     folder of a single class. The mask of 000.png is 000_mask or 000, with any suffix: names decide,
     never sort order. A set may have no masks at all, but if it has some, each defective image needs
-    one. Raises UserError where it is missing, or where two files share their name."""
+    one. Raises UserError where it is missing."""
     single = (root / "train").is_dir() or (root / "test").is_dir()
-    found = {"train": {}, "test": {}, "ground_truth": {}}
-    for path in filter(is_image, files_in(root, "*/*/*" if single else "*/*/*/*")):
-        cls, part, kind, _ = path.absolute().parts[-4:]  # of a single class cls is the root's name
-        name = (cls, kind, path.stem.removesuffix("_mask"))
-        if part not in found or part == "train" and kind.lower() not in GOOD:
-            continue
-        if name in found[part]:
-            raise UserError(f"{path} shares its name with {found[part][name]}; rename one, and "
-                            "keep masks in ground_truth")
-        found[part][name] = path
+    classes = "" if single else "*/"
+    normal = images_by_name(root, classes + "train/*/*")
+    train = [Sample(path, cls) for (cls, kind, _), path in normal.items() if kind.lower() in GOOD]
 
-    train = [Sample(path, cls) for (cls, _, _), path in found["train"].items()]
-    masks = found["ground_truth"]
+    masks = images_by_name(root, classes + "ground_truth/*/*")
     test = []
-    for name, path in found["test"].items():
+    for name, path in images_by_name(root, classes + "test/*/*").items():
         cls, kind, _ = name
         label = int(kind.lower() not in GOOD)
         if label and masks and name not in masks:
             raise UserError(f"{path}: no mask in ground_truth/{kind}; add it, or remove all masks")
         test.append(Sample(path, cls, label, masks.get(name)))
     return train, test
+
+
+def images_by_name(root, pattern):
+    """{(class, kind, name without suffix and _mask): path} of the images that match a pattern.
+    Raises UserError where two share their name."""
+    found = {}
+    for path in filter(is_image, files_in(root, pattern)):
+        cls, _, kind, _ = path.absolute().parts[-4:]  # of a single class cls is the root's name
+        name = (cls, kind, path.stem.removesuffix("_mask"))
+        if name in found:
+            raise UserError(f"{path} shares its name with {found[name]}; rename one, and keep "
+                            "masks in ground_truth")
+        found[name] = path
+    return found
 
 
 def read_visa(root):
@@ -1051,24 +1142,32 @@ def read_visa(root):
 
 def check_files(samples):
     """Decode every image and mask once: a broken file must stop the run before the training and not
-    after it. Raises UserError for it, and for a mask that does not lie on its image."""
-    def check(sample):
+    after it. Raises UserError, which names the first five that cannot be used."""
+    with ThreadPoolExecutor() as pool:  # threads suffice: Pillow decodes without Python's lock
+        found = pool.map(mistake_in, samples)
+        bar = tqdm(found, "checking images", len(samples), leave=False, disable=None)
+        mistakes = [mistake for mistake in bar if mistake]
+    if mistakes:
+        raise UserError(f"{'; '.join(mistakes[:5])}; {len(mistakes)} in all")
+
+
+def mistake_in(sample):
+    """What is wrong with the files of a sample, or None."""
+    try:
         image = load_image(sample.path)
         if sample.mask:
             with Image.open(sample.path) as file:
                 turned = file.getexif().get(ExifTags.Base.Orientation, 1) != 1
             if turned or load_mask(sample.mask).size != image.size:
-                raise UserError(f"mask {sample.mask}: its image has another size, or is turned by "
-                                "EXIF; save both upright and equally large")
-
-    with ThreadPoolExecutor() as pool:  # threads suffice: Pillow decodes without Python's lock
-        checks = pool.map(check, samples)
-        list(tqdm(checks, "checking images", len(samples), leave=False, disable=None))
+                return (f"mask {sample.mask}: its image has another size, or is turned by EXIF; "
+                        "save both upright and equally large")
+    except UserError as e:
+        return str(e)
 
 
 def open_image(path):
-    """An image file, decoded and upright. Raises UserError if it cannot be read as one image of 8
-    or 16 bits a channel."""
+    """An image file, decoded, upright, with 8 bits a channel. What is transparent is black,
+    whatever colour it hides. Raises UserError if it is not one image of 8 or 16 bits a channel."""
     try:
         with Image.open(path) as file:
             frames = getattr(file, "n_frames", 1)
@@ -1078,17 +1177,20 @@ def open_image(path):
     several = frames > 1 and file.format != "MPO"  # a phone's MPO is one photograph
     if several or image.mode in ("I", "F"):
         raise UserError(f"{path}: several frames, or 32 bits a pixel; save one image of 8 bits")
+
+    if image.mode.startswith("I;16"):  # convert() would clip it; the small numbers of a mask stay
+        image = Image.fromarray(np.ceil(np.asarray(image) / 257).astype(np.uint8))
+    if image.has_transparency_data:
+        black = Image.new("RGBA", image.size, "black")
+        image = Image.alpha_composite(black, image.convert("RGBA")).convert("RGB")
     return image
 
 
 def load_image(path):
     """An image file as 8-bit RGB. Raises UserError if it is nearly black."""
-    image = open_image(path)
-    if image.mode.startswith("I;16"):  # convert() would clip it
-        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-    image = image.convert("RGB")
+    image = open_image(path).convert("RGB")
     brightest = np.max(image.getextrema())
-    if brightest <= 16:  # 12 bits in 16 reach 4095 / 257, rounded 16
+    if brightest <= 16:  # as the images of a 12-bit camera in files of 16 bits: 4095 / 257 = 15.9
         raise UserError(f"{path}: nearly black, {brightest} of 255 at most; stretch its values")
     return image
 
@@ -1097,12 +1199,9 @@ def load_mask(path):
     """A mask as a black and white image. Every value above 0 is defective: VisA's masks hold 1 to
     9, others the colours of a palette. But if a mask without a palette has values above 127, as
     MVTec AD's have, only those count: blur and JPEG leave small ones. A colour counts by its
-    brightest channel, and what is transparent is black. [ours] D10"""
+    brightest channel. [ours] D10"""
     image = open_image(path)
-    if image.mode.startswith("I;16"):  # convert() would clip it
-        values = np.asarray(image) / 257
-    else:  # RGBa is RGBA with colours multiplied by their opacity
-        values = np.asarray(image.convert("RGBA").convert("RGBa"))[..., :3].max(2)
+    values = np.asarray(image.convert("RGB")).max(2)
     bright = values.max() > 127 and image.mode != "P"
     return Image.fromarray(values > (127 if bright else 0))
 
@@ -1132,8 +1231,9 @@ def ranking_metrics(kind, scores, positive):
     """<kind>-AUROC, <kind>-AP and <kind>-F1max in 0..1 of scores with bool labels of the same
     shape; for pixels, kind "P", (N, H, W), also AUPRO. {} if all labels are equal.
 
-    Exact: every distinct score is a threshold. But the true-positive rate changes only at scores of
-    positives, and few pixels are positive. So each distinct score of a positive gives two points of
+    scikit-learn gives the same and takes @@SK times as long on pixels, of which few are positive:
+    every distinct score is a threshold, but the true-positive rate changes only at scores of
+    positives. So each distinct score of a positive gives two points of
     the ROC curve, one with the threshold just above it and one with the threshold at it, and all
     that lies between is straight. Four images, positives scored 9 and 4, negatives 6 and 1:
 
@@ -1225,9 +1325,6 @@ def summarise(scores, labels, classes, maps, masks):
 # ==== shared: report and predictions
 # The table comes first: no picture that fails may cost the numbers.
 
-RESULTS = ("scores.csv", "metrics.json", "heatmaps.png", "distributions.png")
-
-
 def report(cfg, samples, size, variants, decides, checkpoint):
     """Print and write how well the maps of some variants tell good from defective samples. Returns
     image scores (N,) by variant.
@@ -1236,101 +1333,93 @@ def report(cfg, samples, size, variants, decides, checkpoint):
     at once; `decides` names the one whose threshold flags images. No threshold comes from test
     labels; only F1max says what the best one would have been.
     """
-    paths = [s.path for s in samples]
+    thresholds = checkpoint["thresholds"]
     classes = np.array([s.cls for s in samples])
     labels = np.array([s.label for s in samples])
-    masks = np.zeros((len(samples), size, size), bool)
-    for i, s in enumerate(samples):
-        if s.mask:  # binarised before it is resized: the other way round thin defects blur
-            masks[i] = load_mask(s.mask).resize((size, size), Image.NEAREST)
+    masks = load_masks(samples, size)
+    lost = sum(bool(s.mask) and s.label > m.max() for s, m in zip(samples, masks))
+    if lost:
+        print(f"{lost} masks have no pixel left at {size} x {size}: the metrics of pixels miss "
+              "their defects, those of images do not; give a larger --image-size", file=sys.stderr)
 
-    # heatmaps.png shows the last good and the last defective image of each class, 24 at most.
-    last = {(s.cls, s.label): i for i, s in enumerate(samples)}
-    shown = [last[key] for key in sorted(last)][:24]
-    rows = {"image": [load_image(paths[i]).resize((size, size)) for i in shown],
-            "ground truth": masks[shown]}
+    # heatmaps.png has a column for every k-th image, and for the variants with a threshold a row.
+    shown = range(0, len(samples), math.ceil(len(samples) / 16))
+    images = [load_image(samples[i].path).resize((size, size)) for i in shown]
+    rows = [images, [Image.fromarray(masks[i]).convert("RGB") for i in shown]]
     scores = {}
     results = {}
     for variant, maps in variants:
         scores[variant] = image_score(maps).numpy()
         results[variant] = summarise(scores[variant], labels, classes, maps.numpy(), masks)
-        if variant in checkpoint["thresholds"]:
-            rows[f"{variant} map"] = heat(maps[shown], checkpoint, variant)
+        if variant in thresholds:
+            rows.append([overlay(image, maps[i], thresholds[variant])
+                         for image, i in zip(images, shown)])
 
     if results[decides]["pooled"]:
         print_table(results)
     else:
         print("no table: metrics compare good with defective images, and one kind is missing")
-    threshold = checkpoint["thresholds"][decides]
-    flagged = scores[decides] > threshold
+    flagged = scores[decides] > thresholds[decides]
     good = flagged[labels == 0]  # these should be False
     bad = flagged[labels == 1]  # and these True
-    print(f"threshold {threshold:.4f}: flags {good.sum()} of {len(good)} good and "
+    print(f"threshold {thresholds[decides]:.4f}: flags {good.sum()} of {len(good)} good and "
           f"{bad.sum()} of {len(bad)} defective test images; more in {cfg.out}")
     with open(Path(cfg.out, "scores.csv"), "w", newline="", encoding="utf-8",
               errors="surrogateescape") as file:  # a name that is no UTF-8, as the system has it
         writer = csv.writer(file)
         writer.writerow(["path", "class", "label", "anomalous", *scores])
-        writer.writerows(zip(paths, classes, labels, flagged, *scores.values()))
-    # Everything needed to quote a number: settings, thresholds, metrics in 0..1.
-    content = {"config": asdict(cfg), "cnc": checkpoint.get("cnc"),
-               "thresholds": checkpoint["thresholds"], "results": results}
+        writer.writerows(zip([s.path for s in samples], classes, labels, flagged, *scores.values()))
+    # Everything needed to quote a number: settings, losses, thresholds, metrics in 0..1.
+    content = {"config": asdict(cfg), "losses": checkpoint["losses"], "thresholds": thresholds,
+               "results": results}
     Path(cfg.out, "metrics.json").write_text(json.dumps(content, indent=2))
-    plot_heatmaps(cfg, rows, [samples[i] for i in shown])
+    picture = np.vstack([np.hstack(row) for row in rows])
+    Image.fromarray(picture).save(Path(cfg.out, "heatmaps.png"))
     return scores
+
+
+def load_masks(samples, size):
+    """The masks of samples, bool (N, size, size), False where there is none. They are binarised
+    before they are resized: the other way round thin defects blur."""
+    masks = np.zeros((len(samples), size, size), bool)
+    for i, s in enumerate(samples):
+        if s.mask:
+            masks[i] = load_mask(s.mask).resize((size, size), Image.NEAREST)
+    return masks
 
 
 def print_table(results):
     """A line for each class, the class mean and the pooled metrics, of each variant; in %."""
     parts = next(iter(results.values()))  # all variants have the same
-    names = list(parts["pooled"])
-    width = max(map(len, parts))
-    print(" " * (width + 9), *[f"{name:>9}" for name in names], sep="")
+    names = parts["pooled"]
+    print(" " * 22, *[f"{name:>9}" for name in names], sep="")
     for part in parts:
         for variant in results:
             found = results[variant][part]
             values = [f"{100 * found.get(name, math.nan):9.1f}" for name in names]
-            print(f"{part:<{width}}  {variant:<7}", *values, sep="")
+            print(f"{part[:12]:14}{variant:8}", *values, sep="")
 
 
-def heat(maps, checkpoint, variant):
-    """Maps of a variant -> 0..1 by one fixed scale: 0 at the mean of normal maps, 1 at twice the
-    threshold. To scale each image by itself would paint good ones in the colours of defects."""
-    mean = checkpoint["means"][variant]
-    threshold = checkpoint["thresholds"][variant]
-    return ((maps - mean) / (2 * threshold - mean)).clamp(0, 1).numpy()
-
-
-def plot_heatmaps(cfg, rows, samples):
-    """Draw rows {name: an image for each sample}, a column a sample."""
-    figure = Figure(figsize=(1.1 * len(samples), 1.1 * len(rows) + 0.4), layout="constrained")
-    axes = figure.subplots(len(rows), len(samples), squeeze=False)
-    for line, (name, images) in zip(axes, rows.items()):
-        line[0].set_ylabel(name)
-        for ax, image in zip(line, images):
-            ax.imshow(image, "inferno", vmin=0, vmax=1)
-            ax.set(xticks=[], yticks=[])
-    for ax, s in zip(axes[0], samples):
-        ax.set_title(f"{s.cls[:14]}\n{('good', 'defective')[s.label]}", parse_math=False)
-    figure.savefig(Path(cfg.out, "heatmaps.png"), dpi=120)
+def overlay(image, amap, threshold):
+    """An RGB image with its map (S, S) on it: clear up to half the threshold, hottest from twice
+    the threshold on. To scale each map by itself would paint good images in the colours of defects.
+    """
+    heat = ((amap / threshold - 0.5) / 1.5).clamp(0, 1).numpy()
+    colours = colormaps["inferno"](heat, alpha=0.8 * heat, bytes=True)  # (S, S, 4)
+    layer = Image.fromarray(colours).resize(image.size)
+    image = image.copy()
+    image.paste(layer, mask=layer)
+    return image
 
 
 def images_to_score(cfg):
-    """What predict is to score: images that are named, and those in folders that are named, except
-    our own results. Raises UserError if there is none, or one that cannot be read."""
-    own = {Path(cfg.out, name).resolve() for name in ("predict", *RESULTS)}
-    samples = []
-    others = []
+    """What predict is to score: images that are named, and those in folders that are named. Raises
+    UserError if there is none, or one that cannot be read."""
+    found = []
     for place in map(Path, cfg.paths):
-        if not place.is_dir():
-            samples.append(Sample(place))
-            continue
-        for path in files_in(place, "**/*"):
-            if not is_image(path):
-                others.append(path)
-            elif own.isdisjoint([path.resolve(), *path.resolve().parents]):
-                samples.append(Sample(path))
-    print(len(samples), "images;", len(others), "files not used", *others[:1], file=sys.stderr)
+        found += files_in(place, "**/*") if place.is_dir() else [place]
+    samples = [Sample(path) for path in found if is_image(path) or str(path) in cfg.paths]
+    print(f"{len(samples)} images; {len(found) - len(samples)} files not used", file=sys.stderr)
     if not samples:
         raise UserError(f"no image to score in {', '.join(cfg.paths)}; name some")
     check_files(samples)
@@ -1338,8 +1427,7 @@ def images_to_score(cfg):
 
 
 def write_predictions(cfg, samples, batches, checkpoint, variant):
-    """For each sample a line of JSON, and the image with its map on it: clear where the map is as
-    low as normal ones are on average, hottest from twice the threshold on. batches: the maps
+    """For each sample a line of JSON, and the image with its map on it. batches: the maps
     (B, S, S), computed as they are needed."""
     folder = Path(cfg.out, "predict")
     folder.mkdir(parents=True, exist_ok=True)
@@ -1347,45 +1435,30 @@ def write_predictions(cfg, samples, batches, checkpoint, variant):
     maps = (amap for batch in batches for amap in batch)
     for number, (sample, amap) in enumerate(zip(samples, maps)):
         score = image_score(amap[None]).item()
-        values = heat(amap, checkpoint, variant)
-        # (S, S, 4): the colder, the more transparent
-        colours = colormaps["inferno"](values, alpha=0.8 * values, bytes=True)
-        image = load_image(sample.path)
-        overlay = Image.fromarray(colours).resize(image.size)
-        image.paste(overlay, mask=overlay)
         target = folder / f"{number:04}-{sample.path.stem[:50]}.png"  # names have a limit
-        image.save(target)
+        overlay(load_image(sample.path), amap, threshold).save(target)
         print(json.dumps({"path": str(sample.path), "score": score, "threshold": threshold,
-                          "anomalous": score > threshold, "overlay": str(target)}))
+                          "anomalous": score > threshold, "overlay": str(target)}), flush=True)
 # ==== end shared
 
 
 # ==== shared: command line and device
-SCRIPT = Path(__file__).name
 HERE = Path(__file__).resolve().parent
 # torchrun says which of its processes this is, and of how many. Clusters set the same variables for
 # other purposes, so they count only under torchrun.
 UNDER_TORCHRUN = distributed.is_torchelastic_launched()
 RANK = int(os.environ["RANK"]) if UNDER_TORCHRUN else 0
+LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if UNDER_TORCHRUN else 0  # on this machine
 WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if UNDER_TORCHRUN else 1
-
-
-class UserError(Exception):
-    """A mistake that the user can mend. main() prints its one line and ends with exit code 2."""
 
 
 def read_command_line(argv):
     """The settings, and the checkpoint, or None if none is to be read. Raises UserError for a
     checkpoint that cannot be used, and for settings that are impossible.
 
-    tyro makes a flag of each field of Config, and its help of the comment beside it. A flag
-    overrides all but what --cnc takes over. Settings without a flag come from
-
-        train, on data/demo       DEMO, and for the rest the defaults of Config
-        train, on other data      the defaults of Config
-        eval, predict, --resume   the checkpoint; --out is its folder
-
-    so the command line is read twice: first to learn which of these it is.
+    tyro makes a flag of each field of Config, and its help of the comment beside it. Settings
+    without a flag come from Config and, on data/demo, from DEMO; for eval, predict and --resume
+    from the checkpoint. So the command line is read twice: first to learn which of these it is.
     """
     cfg = tyro.cli(Config, args=argv)
     checkpoint = None
@@ -1396,15 +1469,13 @@ def read_command_line(argv):
         defaults = Config(data=data, **DEMO if demo else {})
     else:
         path = Path(cfg.checkpoint or Path(cfg.out, "checkpoint.pt"))
-        checkpoint = read_checkpoint(path, SCRIPT)
+        checkpoint = read_checkpoint(path, WRITER)
         defaults = Config(**checkpoint["config"] | {"out": str(path.parent)})
 
     cfg = tyro.cli(Config, args=argv, default=defaults)
     check_settings(cfg)
     if checkpoint:
-        for name in FIXED:
-            if getattr(cfg, name) != getattr(defaults, name):
-                raise UserError(f"--{name}: the checkpoint has another value; drop the flag")
+        refuse_changes(cfg, defaults, FREE[cfg.command])
         if cfg.command != "train" and not checkpoint["thresholds"]:
             raise UserError("the checkpoint's training has not finished: --resume it")
     return cfg, checkpoint
@@ -1418,10 +1489,15 @@ def check_settings(cfg):
         raise UserError("--checkpoint: is for eval, predict and --resume")
     if UNDER_TORCHRUN and (cfg.command != "train" or cfg.batch_size % WORLD_SIZE):
         raise UserError(f"torchrun: is for training, --batch-size a multiple of {WORLD_SIZE}")
-    for name, (least, most) in RANGES.items():
-        if not least <= getattr(cfg, name) <= most:
-            raise UserError(f"--{name}: give a number from {least} to {most}")
-    cfg.check()
+    check_method(cfg)
+
+
+def refuse_changes(cfg, defaults, free):
+    """Raises UserError for a setting that is not free, and differs from the checkpoint's."""
+    for name, value in vars(defaults).items():
+        if name not in free.split() and getattr(cfg, name) != value:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag}: the checkpoint has {value}; drop the flag")
 
 
 def choose_device(name):
@@ -1432,21 +1508,9 @@ def choose_device(name):
     if name == "cuda":
         if not torch.cuda.is_available():
             raise UserError("--device cuda: PyTorch finds no GPU; take --device auto")
-        torch.cuda.set_device(RANK % torch.cuda.device_count())
+        torch.cuda.set_device(LOCAL_RANK % torch.cuda.device_count())
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
-        torch.backends.cudnn.deterministic = True  # convolutions repeat; not all else does
     return torch.device(name)
-
-
-def autocast(x, dtype):
-    """A context in which matrix products and convolutions run in half precision, if x is on a GPU
-    that can. [ours] D11
-
-    Elsewhere it does nothing: not every CPU has a fast half precision, and a V100 only emulates
-    bfloat16.
-    """
-    able = dtype == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast("cuda", dtype, enabled=x.is_cuda and able)
 
 
 def main(argv=None):
@@ -1458,20 +1522,18 @@ def main(argv=None):
         return 0
     except KeyboardInterrupt:
         code = 130
-        error = "interrupted; --resume goes on with a training from its last checkpoint"
+        error = "interrupted"
     except torch.OutOfMemoryError:
         error = "the GPU's memory is full; lower --batch-size"
     except (UserError, OSError) as e:  # a missing or unwritable file's own message names it
         # A DataLoader's worker sends its traceback; the message is the end of it.
         error = str(e).rsplit("UserError: ", 1)[-1]
-    print(f"{SCRIPT}: error:", *error.split(), file=sys.stderr)  # in one line
+    print(f"{Path(__file__).name}: error:", *error.split(), file=sys.stderr)  # in one line
     return code
 
 
 if __name__ == "__main__":
-    if sys.stdout:
-        sys.stdout.reconfigure(errors="replace")  # for names that the console cannot print
-    if hasattr(signal, "SIGPIPE"):  # a quiet end in `... | head`
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    if hasattr(sys.stdout, "reconfigure"):  # for names that the console cannot print
+        sys.stdout.reconfigure(errors="replace")
     sys.exit(main())
 # ==== end shared
