@@ -21,9 +21,7 @@ deviation) the *promotion* changes a patch e and its decoded version d [ours] D1
     e* = e + psi (t_n - t_a),    d* = d + psi (t_n - t_a).
 
 The same difference, longer vectors, a smaller angle: errors in patches that look normal count for
-less. The *constraint* moves decoded patches towards t_n if their margin is unusually low [ours] D17.
-
-A "tap" is a block of CLIP whose output is read and must be reproduced.
+less. The *constraint* moves decoded patches towards t_n, if their margin is unusually low.
 
     image (B, 3, S, S)               "[V1]..[V4] object." "[V1]..[V4] damaged object." per tap
       |                                                     |
@@ -171,6 +169,8 @@ class Config:
 # On the demo set two CPU cores are enough. [ours] D1
 DEMO = {"teacher": "tiny", "weights": "none", "image_size": 128, "epochs": 60, "workers": 0}
 
+TAPS = 3  # blocks of CLIP whose output is read and must be reproduced
+
 
 # ---- frozen teacher: CLIP ------------------------------------------------------------------------
 # CLIP has learned from captions, so that an image and a text which fit each other lie close
@@ -200,7 +200,7 @@ class Teacher(nn.Module):
         self.grid = cfg.image_size // patch
         self.width = visual.class_embedding.shape[0]
         depth = len(visual.transformer.resblocks)
-        self.taps = [round(depth * third / 3) for third in (1, 2, 3)]
+        self.taps = [round(depth * (i + 1) / TAPS) for i in range(TAPS)]
         # Tokens of a random CLIP are whitened (appendix), those of a trained one stay as they are.
         self.whitening = Whitening(self.width) if self.random else nn.Identity()
         self.requires_grad_(False).eval()
@@ -252,22 +252,21 @@ class PromptLearner(nn.Module):
     SENTENCES = ("a photo of a object.", "a photo of a damaged object.")
     N_CTX = 4  # "a photo of a": a token each
 
-    def __init__(self, clip, tokenizer, taps):
+    def __init__(self, clip, tokenizer):
         super().__init__()
         ids = tokenizer(self.SENTENCES)  # (2, length): start, context, sentence, end, padding
         embeddings = clip.token_embedding(ids).detach()  # (2, length, dim)
         self.register_buffer("ids", ids)
         self.register_buffer("embeddings", embeddings)
-        self.ctx = nn.Parameter(embeddings[0, 1:1 + self.N_CTX].repeat(taps, 1, 1))
+        self.ctx = nn.Parameter(embeddings[0, 1:1 + self.N_CTX].repeat(TAPS, 1, 1))
         start = encode_prompts(clip, embeddings, ids).detach()  # (2, D)
-        self.register_buffer("start", start.repeat(taps, 1, 1))
+        self.register_buffer("start", start.repeat(TAPS, 1, 1))
 
     def forward(self, clip):
-        taps = len(self.ctx)
-        embeddings = self.embeddings.repeat(taps, 1, 1, 1)  # a copy, (taps, 2, length, dim)
+        embeddings = self.embeddings.repeat(TAPS, 1, 1, 1)  # a copy, (taps, 2, length, dim)
         embeddings[:, :, 1:1 + self.N_CTX] = self.ctx[:, None]
-        text = encode_prompts(clip, embeddings.flatten(0, 1), self.ids.repeat(taps, 1))
-        return text.unflatten(0, (taps, 2))
+        text = encode_prompts(clip, embeddings.flatten(0, 1), self.ids.repeat(TAPS, 1))
+        return text.unflatten(0, (TAPS, 2))
 
 
 def encode_prompts(clip, embeddings, ids):
@@ -335,13 +334,13 @@ class Student(nn.Module):
     deep to shallow: its first block reproduces the last tap. [port]
     """
 
-    def __init__(self, taps, dim, experts, top_k):
+    def __init__(self, dim, experts, top_k):
         super().__init__()
-        self.fuse = nn.Sequential(nn.Linear(taps * dim, dim), nn.LayerNorm(dim), nn.Dropout(0.1))
+        self.fuse = nn.Sequential(nn.Linear(TAPS * dim, dim), nn.LayerNorm(dim), nn.Dropout(0.1))
         self.moe = GatedMoE(dim, experts, top_k)
         # Pre-norm, and heads of 64 channels as in CLIP's own blocks.
         self.blocks = nn.ModuleList()
-        for _ in range(taps):
+        for _ in range(TAPS):
             self.blocks.append(nn.TransformerEncoderLayer(
                 dim, nhead=max(1, dim // 64), dim_feedforward=4 * dim, dropout=0.0,
                 activation="gelu", batch_first=True, norm_first=True))
@@ -399,15 +398,15 @@ class NormalStatistics(nn.Module):
     average direction, they are shrunk to that.
     """
 
-    def __init__(self, taps, width, joint_width):
+    def __init__(self, width, joint_width):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(taps, 1, 1, width))  # of the tokens' channels
-        self.register_buffer("std", torch.ones(taps, 1, 1, width))
-        self.register_buffer("centre", torch.zeros(taps, 1, 1, joint_width))  # mean of P(e)
-        self.register_buffer("shrink", torch.eye(joint_width).repeat(taps, 1, 1, 1))
+        self.register_buffer("mean", torch.zeros(TAPS, 1, 1, width))  # of the tokens' channels
+        self.register_buffer("std", torch.ones(TAPS, 1, 1, width))
+        self.register_buffer("centre", torch.zeros(TAPS, 1, 1, joint_width))  # mean of P(e)
+        self.register_buffer("shrink", torch.eye(joint_width).repeat(TAPS, 1, 1, 1))
         # Of the margins of patches, with the prompts as they start: what a margin of 0.05 means
         # differs from tap to tap and from CLIP to CLIP. Their mean is nearly 0, by the centring.
-        self.register_buffer("margin_std", torch.ones(taps, 1, 1))
+        self.register_buffer("margin_std", torch.ones(TAPS, 1, 1))
 
 
 def spectrum(tokens):
@@ -427,12 +426,11 @@ class CNC(nn.Module):
         forward        features -> loss, a scalar
         describe       features -> pooled features (B, F), raw anomaly maps (B, S, S)
         size           S
-        student        the part that learns
     """
 
     BALANCE_WEIGHT = 0.01  # [ours] D19
-    # Only decoded patches whose margin is more than this many standard deviations below the mean
-    # are guided. Chosen by trial: so a text without meaning does little harm.
+    # Only decoded patches whose margin is more than this many standard deviations below 0 are
+    # guided. Chosen by trial: a larger slack makes a text without meaning less harmful.
     SLACK = 1.0  # [ours] D17
 
     def __init__(self, cfg):
@@ -441,15 +439,13 @@ class CNC(nn.Module):
         self.size = cfg.image_size
         self.teacher = Teacher(cfg)
         clip = self.teacher.clip
-        taps = len(self.teacher.taps)
         resize = Resize((self.size, self.size), InterpolationMode.BICUBIC)  # squashed [ours] D3
         self.preprocess = Compose([resize, PILToTensor()])
-        colours = clip.visual.preprocess_cfg  # what the weights were trained with
-        normalise_colours = Normalize(colours["mean"], colours["std"])
+        normalise_colours = Normalize(open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
         self.standardise = Compose([ConvertImageDtype(torch.float32), normalise_colours])
-        self.prompts = PromptLearner(clip, self.teacher.tokenizer, taps)
-        self.normal = NormalStatistics(taps, self.teacher.width, clip.visual.output_dim)
-        self.student = Student(taps, self.teacher.width, cfg.experts, cfg.top_k)
+        self.prompts = PromptLearner(clip, self.teacher.tokenizer)
+        self.normal = NormalStatistics(self.teacher.width, clip.visual.output_dim)
+        self.student = Student(self.teacher.width, cfg.experts, cfg.top_k)
 
     @torch.no_grad()
     def take_statistics(self, tokens):
@@ -594,12 +590,9 @@ def image_score(maps):
 
 def conformal_threshold(scores, quantile=0.99):
     """The ceil((n + 1) quantile)-th smallest of the scores (n,) of normal images, or the largest if
-    there are fewer. [ours] D9
-
-    A new normal image like these lies above it with a probability of at most 1 - quantile, if n is
-    large enough (99 for 0.99) and nothing has learned from these n. (In cada.py CADA has learned
-    from them, which weakens the promise a little.)
-    """
+    there are fewer. [ours] D9 A new normal image like these lies above it with a probability of at
+    most 1 - quantile, if n is large enough (99 for 0.99) and nothing has learned from these n. (In
+    cada.py CADA has learned from them, which weakens the promise a little.)"""
     n = len(scores)
     rank = min(math.ceil((n + 1) * quantile), n)  # the + 1 counts the new image among the n
     return scores.kthvalue(rank).values.item()
@@ -607,8 +600,8 @@ def conformal_threshold(scores, quantile=0.99):
 
 
 # ==== shared: batches and features
-# How training and evaluation see the data: which images are kept back, in which order the others
-# come, and features of a frozen teacher that are computed once.
+# How training and evaluation see the data: some images are kept back, the others come in a fixed
+# order, and the features of the frozen teacher are computed once.
 
 def hold_out(cfg, samples, checkpoint):
     """Indices of the normal images to train on, and of those kept back at random for the threshold,
@@ -623,14 +616,9 @@ def hold_out(cfg, samples, checkpoint):
     if checkpoint and checkpoint["images"] != image_names([samples[i] for i in kept]):
         raise UserError(f"--data {cfg.data}: not the images of the checkpoint; give its --data")
     if len(held) < 99:
-        print(f"threshold: the highest score of {len(held)} normal images; expect "
-              f"{1 / (len(held) + 1):.0%} of false alarms or more", file=sys.stderr)
+        print(f"threshold: the highest score of {len(held)} normal images, which is few; expect "
+              "more than 1 % of false alarms", file=sys.stderr)
     return kept, held
-
-
-def image_names(samples):
-    """What a checkpoint knows images by: class and file name."""
-    return [(s.cls, s.path.name) for s in samples]
 
 
 def shuffled_batches(cfg, n, steps):
@@ -731,8 +719,8 @@ def train(cfg, detector, samples, checkpoint):
             detector.teacher.whitening.estimate(all_tokens(cfg, detector, chosen))
         detector.take_statistics(all_tokens(cfg, detector, chosen))
 
-    parameters = [*detector.student.parameters(), *detector.prompts.parameters()]
-    optimizer = torch.optim.Adam(parameters, cfg.lr, fused=True)  # [paper]
+    learners = [p for p in detector.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(learners, cfg.lr, fused=True)  # [paper]
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
     # Under torchrun the gradient is the mean over all processes. After the warm-up the prompts have
@@ -787,24 +775,6 @@ def evaluate(cfg, detector, test, checkpoint):
     report_text(cfg, detector, test[::math.ceil(len(test) / 128)])  # every k-th image will do
 
 
-@torch.no_grad()
-def report_text(cfg, detector, samples):
-    """Print whether the text knows anything: how well -margin tells defective patches from others,
-    or without masks defective images by their lowest margin. psi and the constraint rest on that,
-    and a plain CLIP may even see it the wrong way round: its patches are known to prefer the
-    background (arXiv:2304.05653)."""
-    e = detector.patches(all_tokens(cfg, detector, samples))
-    margins = margin(e, detector.text()).cpu()  # (taps, N, patches)
-    defective = load_masks(samples, detector.teacher.grid).reshape(margins[0].shape)
-    if not defective.any():
-        defective = np.array([s.label == 1 for s in samples])
-        margins = margins.amin(2)
-    if defective.any() and not defective.all():
-        found = [f"{100 * roc_auc_score(defective.ravel(), -m.ravel()):.1f}" for m in margins]
-        print("AUROC of the text alone, by tap:", *found, "(50: it says nothing; below: it "
-              "misleads, take --no-fnp --no-constraint)")
-
-
 # ---- the script ----------------------------------------------------------------------------------
 
 def run(argv):
@@ -833,16 +803,34 @@ def run(argv):
 
 
 # ---- Appendix ------------------------------------------------------------------------------------
-# First what only this script needs: rules for its settings, CLIP from its library, and a random one
-# that needs no download. Then what any such script needs.
+# First what only this script needs: what the text knows, rules for settings, CLIP from its library,
+# and a random one that needs no download. Then what any such script needs.
+
+@torch.no_grad()
+def report_text(cfg, detector, samples):
+    """Print whether the text knows anything: how well -margin tells defective patches from others,
+    or without masks defective images by their lowest margin. psi and the constraint rest on that,
+    and a plain CLIP may even see it the wrong way round: its patches are known to prefer the
+    background (arXiv:2304.05653)."""
+    e = detector.patches(all_tokens(cfg, detector, samples))
+    margins = margin(e, detector.text()).cpu()  # (taps, N, patches)
+    defective = load_masks(samples, detector.teacher.grid).reshape(margins[0].shape)
+    if not defective.any():
+        defective = np.array([s.label == 1 for s in samples])
+        margins = margins.amin(2)
+    if defective.any() and not defective.all():
+        found = [f"{100 * roc_auc_score(defective.ravel(), -m.ravel()):.1f}" for m in margins]
+        print("AUROC of the text alone, by tap:", *found, "(50: it says nothing; below: it "
+              "misleads, take --no-fnp --no-constraint)")
+
 
 # Written into checkpoints. Whoever changes what they hold changes this name, too.
 WRITER = "cnc.py 2"
-# The settings of a checkpoint stay as they are, and another value is an error, but for these.
-PLACES = "command checkpoint out weights device workers "
-FREE = {"train": PLACES + "resume data cache epochs lr",  # that is, --resume
-        "eval": PLACES + "data batch_size",
-        "predict": PLACES + "paths batch_size"}
+# The settings of a checkpoint stay as they are, and another value is an error, but for these. (To
+# train with a checkpoint is to --resume.)
+FREE = {"train": "command checkpoint out weights device workers resume data cache epochs lr",
+        "eval": "command checkpoint out weights device workers data batch_size",
+        "predict": "command checkpoint out weights device workers paths batch_size"}
 
 
 def check_method(cfg):
@@ -854,11 +842,9 @@ def check_method(cfg):
 
 
 def load_clip(cfg):
-    """A CLIP and its tokenizer: tiny, or open_clip's of that name.
-
-    Raises UserError for weights that cannot be had or do not fit, and for a CLIP that is not a
-    plain ViT with a CLS token and a text tower of CLIP's kind.
-    """
+    """A CLIP and its tokenizer: tiny, or open_clip's of that name. Raises UserError for weights
+    that cannot be had or do not fit, and for a CLIP that is not a plain ViT with a CLS token and a
+    text tower of CLIP's kind."""
     name = cfg.teacher
     weights = cfg.weights
     try:
@@ -866,7 +852,7 @@ def load_clip(cfg):
             clip = tiny_clip(cfg.image_size)
             if weights != "none":
                 open_clip.load_checkpoint(clip, weights)
-            tokenizer = open_clip.SimpleTokenizer(context_length=TINY_TEXT["context_length"])
+            tokenizer = open_clip.SimpleTokenizer(context_length=32)
         else:
             # Weights that were trained with QuickGELU, x * sigmoid(1.702 x), as OpenAI's were,
             # would run with plain GELU and be a little wrong in every block. For a tag open_clip
@@ -898,8 +884,6 @@ def tiny_clip(size):
     vision = {"image_size": size, "patch_size": 16, "width": 192, "layers": 6}
     clip = open_clip.CLIP(embed_dim=192, vision_cfg=vision, text_cfg=TINY_TEXT)
     clip.visual.positional_embedding.data *= 0.3  # tuned: as it is drawn, it outweighs texture
-    clip.visual.preprocess_cfg = {"mean": open_clip.OPENAI_DATASET_MEAN,
-                                   "std": open_clip.OPENAI_DATASET_STD}
     nn.init.orthogonal_(clip.visual.proj)  # as good as a rotation: the joint space keeps cosines
     return clip
 
@@ -914,17 +898,17 @@ class Whitening(nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(3, 1, 1, width))
-        self.register_buffer("matrix", torch.eye(width).repeat(3, 1, 1))
+        self.register_buffer("mean", torch.zeros(TAPS, 1, 1, width))
+        self.register_buffer("matrix", torch.eye(width).repeat(TAPS, 1, 1))
 
     def forward(self, tokens):
-        """A list of three (B, 1 + N, C) -> (3, B, 1 + N, C). Tokens differ in length from block to
+        """(B, 1 + N, C) of each tap -> (taps, B, 1 + N, C). Tokens differ in length from block to
         block and from CLS to patch, hence the layer normalisation."""
         tokens = torch.stack(tokens).float()
         return (F.layer_norm(tokens, tokens.shape[-1:]) - self.mean) @ self.matrix[:, None]
 
     def estimate(self, tokens):
-        """Take mean and covariance from layer-normalised tokens of training images, (3, images,
+        """Take mean and covariance from layer-normalised tokens of training images (taps, images,
         1 + N, C): the teacher's features while the matrix is the identity."""
         self.mean = tokens.mean((1, 2), keepdim=True)
         # With the covariance V L V^T of a tap this is V (L / l_max + 1/1000)^(-1/2) V^T: directions
@@ -935,9 +919,6 @@ class Whitening(nn.Module):
 
 
 # ==== shared: checkpoint
-RESULTS = ("scores.csv", "metrics.json", "heatmaps.png", "distributions.png")
-
-
 def first_step(cfg, checkpoint, steps):
     """Where a training starts, which is told: the number of steps done, and their losses. Raises
     UserError if these are more than `steps`."""
@@ -952,9 +933,14 @@ def first_step(cfg, checkpoint, steps):
     return done, checkpoint["losses"]
 
 
+def image_names(samples):
+    """What a checkpoint knows images by: class and file name."""
+    return [(s.cls, s.path.name) for s in samples]
+
+
 def remove_results(cfg):
     """Remove what an earlier run has reported into --out."""
-    for name in RESULTS:
+    for name in ("scores.csv", "metrics.json", "heatmaps.png", "distributions.png"):
         Path(cfg.out, name).unlink(missing_ok=True)
 
 
@@ -1047,7 +1033,7 @@ class Sample:
     path: Path
     cls: str = ""
     label: int = 0  # 1 is anomalous; from the folder name, since a small defect may lose its mask
-    mask: Path | None = None
+    mask: Path = None
 
 
 def files_in(folder, pattern):
@@ -1134,7 +1120,6 @@ def read_visa(root):
             label = int(row["label"].lower() != "normal")
             mask = root / row["mask"] if label else None
             samples[row["split"]].append(Sample(root / row["image"], row["object"], label, mask))
-        samples["train"][0]  # an empty list is not VisA's
     except Exception as e:  # other columns, another encoding, a short row: many kinds
         raise UserError(f"{path}: {e!r}; take VisA's own list, as it is")
     return samples["train"], samples["test"]
@@ -1316,22 +1301,18 @@ def summarise(scores, labels, classes, maps, masks):
     mean = {}
     for name in pooled:
         values = [found[name] for found in results.values() if name in found]
-        if values:
-            mean[name] = float(np.mean(values))
+        mean[name] = float(np.mean(values))
     return results | {"class mean": mean, "pooled": pooled}
 # ==== end shared
 
 
 # ==== shared: report and predictions
-# The table comes first: no picture that fails may cost the numbers.
-
 def report(cfg, samples, size, variants, decides, checkpoint):
     """Print and write how well the maps of some variants tell good from defective samples. Returns
     image scores (N,) by variant.
 
     variants: an iterable of pairs, a name and maps (N, size, size), so that few maps are in memory
-    at once; `decides` names the one whose threshold flags images. No threshold comes from test
-    labels; only F1max says what the best one would have been.
+    at once; `decides` names the one whose threshold flags images.
     """
     thresholds = checkpoint["thresholds"]
     classes = np.array([s.cls for s in samples])
@@ -1447,9 +1428,10 @@ HERE = Path(__file__).resolve().parent
 # torchrun says which of its processes this is, and of how many. Clusters set the same variables for
 # other purposes, so they count only under torchrun.
 UNDER_TORCHRUN = distributed.is_torchelastic_launched()
-RANK = int(os.environ["RANK"]) if UNDER_TORCHRUN else 0
-LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if UNDER_TORCHRUN else 0  # on this machine
-WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if UNDER_TORCHRUN else 1
+place = os.environ if UNDER_TORCHRUN else {}
+RANK = int(place.get("RANK", 0))
+LOCAL_RANK = int(place.get("LOCAL_RANK", 0))  # of the processes on this machine
+WORLD_SIZE = int(place.get("WORLD_SIZE", 1))
 
 
 def read_command_line(argv):
@@ -1496,40 +1478,36 @@ def refuse_changes(cfg, defaults, free):
     """Raises UserError for a setting that is not free, and differs from the checkpoint's."""
     for name, value in vars(defaults).items():
         if name not in free.split() and getattr(cfg, name) != value:
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag}: the checkpoint has {value}; drop the flag")
+            raise UserError(f"--{name.replace('_', '-')}: the checkpoint has {value}; drop it")
 
 
 def choose_device(name):
     """Turn --device into a torch device, under torchrun each process into its own. Raises UserError
     if this machine does not have it."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError("--device cuda: PyTorch finds no GPU; take --device auto")
-        torch.cuda.set_device(LOCAL_RANK % torch.cuda.device_count())
-        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
-    return torch.device(name)
+    found = torch.cuda.is_available()
+    if name == "cuda" and not found:
+        raise UserError("--device cuda: PyTorch finds no GPU; take --device auto")
+    if name == "cpu" or not found:
+        return torch.device("cpu")
+    torch.cuda.set_device(LOCAL_RANK % torch.cuda.device_count())
+    torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
+    return torch.device("cuda")
 
 
 def main(argv=None):
     """Run the command line. Returns the exit code: 0, 2 after a mistake of the user's, told in one
     line, or 130 after Ctrl-C."""
-    code = 2
     try:
         run(argv)
         return 0
     except KeyboardInterrupt:
-        code = 130
-        error = "interrupted"
-    except torch.OutOfMemoryError:
-        error = "the GPU's memory is full; lower --batch-size"
+        print("interrupted", file=sys.stderr)
+        return 130
     except (UserError, OSError) as e:  # a missing or unwritable file's own message names it
         # A DataLoader's worker sends its traceback; the message is the end of it.
         error = str(e).rsplit("UserError: ", 1)[-1]
-    print(f"{Path(__file__).name}: error:", *error.split(), file=sys.stderr)  # in one line
-    return code
+        print(f"{Path(__file__).name}: error:", *error.split(), file=sys.stderr)  # in one line
+        return 2
 
 
 if __name__ == "__main__":

@@ -691,8 +691,8 @@ def tree(data, tmp_path):
 
 
 def spoil(tree, command):
-    """Run a shell command in a data set."""
-    subprocess.run(command, shell=True, check=True, cwd=tree)
+    """Run a command of bash in a data set."""
+    subprocess.run([shutil.which("bash"), "-c", command], check=True, cwd=tree)
 
 
 ONLY_TRAINING = "rm -r ?/test ?/ground_truth"
@@ -819,12 +819,11 @@ def test_reads_a_raw_visa_tree(visa, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("content", [
-    b"",
     VISA.encode("utf-16"),
     VISA.replace(",", ";").encode(),
     VISA.replace("train", "training").encode(),
     VISA.encode() + b"pcb,test,anomaly,pcb/Data/Images/Anomaly/1.JPG\n",
-], ids=["empty", "UTF-16", "semicolons", "other split", "no mask"])
+], ids=["UTF-16", "semicolons", "other split", "no mask"])
 def test_another_list_than_visas_is_refused(content, visa):
     """The message names the file."""
     (visa / "split_csv/1cls.csv").write_bytes(content)
@@ -1054,7 +1053,8 @@ def test_a_killed_run_goes_on(script, tree, trained, tmp_path, capsys):
 
 
 def test_resume_wants_the_same_images(tree, trained, tmp_path, capsys):
-    """It may train longer and elsewhere; eval takes any set. But with one image more, some that were held out for the threshold might be trained on."""
+    """It may train longer and elsewhere; eval takes any set. But with one image more, some that
+    were held out for the threshold might be trained on."""
     out = tmp_path / "out"
     words = ["--resume", "--checkpoint", trained[cada].checkpoint, "--out", out, "--data", tree]
     assert run(cada, *words, "--iters", 3) == 0
@@ -1099,7 +1099,7 @@ def test_threshold_comes_from_images_kept_back(data, trained, capsys):
     kept, held = cnc.hold_out(cfg, normal, checkpoint)
     everything = list(range(20))
     assert sorted(kept + held) == everything
-    assert "highest score of 4 normal images; expect 20% of false alarms" in capsys.readouterr().err
+    assert "highest score of 4 normal images, which is few" in capsys.readouterr().err
     detector = cnc.build(cfg, checkpoint)
     _, maps = zip(*cnc.describe_images(cfg, detector, normal))
     scores = cnc.image_score(cnc.smooth(torch.cat(maps)))
