@@ -9,10 +9,10 @@ ours. D1, D2, ... number our readings in the README's list of departures.
 The idea. A detector that was trained on many classes scores each of them on a scale of its own: a
 normal slab of granite may score higher than a torn wire grid. So no single threshold serves all
 classes, and a ranking of all images together is poor. CADA looks at the image and predicts two
-numbers: the mean u and the typical maximum gamma of an anomaly map of a *normal* image of its
-class. It then rescales the map by them. No class label is used, neither in training nor at test.
-The detector is not changed, so nearly any detector will do. The one here is RevDist, which is the
-paper's name for RD, reverse distillation (Deng and Li, CVPR 2022, arXiv:2201.10703).
+numbers: the mean u and the maximum gamma (a typical one, as we read it) of an anomaly map of a
+*normal* image of its class. It then rescales the map by them. No class label is used, neither in
+training nor at test. The detector is not changed, so nearly any will do [paper]. The one here is
+RevDist, the paper's name for RD, reverse distillation (Deng and Li, CVPR 2022, arXiv:2201.10703).
 
     image (B, 3, S, S)
       |
@@ -34,14 +34,14 @@ From paper to code:
     RevDist, the base detector [paper]           Teacher, Student, RevDist
     cosine loss per flattened layer [author]     RevDist.forward
     anomaly map A [author]                       RevDist.describe
-    prediction of (u, gamma) [paper]             fit_regression, regress; their form: [ours] D5
+    prediction of (u, gamma) [paper]             fit_regression, CADA.regress; form: [ours] D5
     alignment A' [author]                        align
     levels, beyond the paper [ours] D6           find_levels, CADA
-    Fig. 4(a), labels known: the "oracle"        calibrate, aligned_maps; [ours] D7
+    Fig. 4(a), labels known: row "oracle"        calibrate, aligned_maps; [ours] D7
     absolute-unified evaluation [paper]          the rows "pooled" of the table
 
 Read it from the top: first the method, in the order in which an image passes through it, then
-training and evaluation. The appendix is what any such script needs. Sections between `shared`
+training and evaluation. The appendix reads files and writes results. Sections between `shared`
 banners stand in cnc.py letter for letter.
 
     python cada.py                                     train and evaluate; without data/mvtec and
@@ -71,7 +71,7 @@ import torchvision
 import tyro
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 from scipy import ndimage
 from scipy.cluster.hierarchy import fcluster, ward
 from sklearn.decomposition import PCA
@@ -110,9 +110,9 @@ def half_precision(x, dtype):
 class Config:
     """Train and evaluate CADA on RevDist, evaluate a checkpoint again, or score images with it.
 
-    The defaults are for MVTec AD and VisA, the field's two usual data sets. They train RevDist as
-    CADA's first author trains ReContrast, another reverse distillation, in public code [author]. On
-    data/demo a smaller teacher and fewer steps replace them.
+    The defaults are for MVTec AD and VisA, the field's two usual data sets. Optimiser, rate, steps
+    and batch size are those with which CADA's first author trains ReContrast, another reverse
+    distillation [author]. On data/demo DEMO replaces some of them.
     """
 
     teacher: str = "wide_resnet50_2"  # frozen ResNet of torchvision's; this one is RD's
@@ -122,8 +122,8 @@ class Config:
     batch_size: int = 16  # images a training step [author], of all processes of torchrun together
     iters: int = 5000  # training steps of the detector [author]
     lr: float = 2e-3  # AdamW learning rate, x 0.2 at 80 % of the steps [author]
-    # checkpoint of cnc.py: CADA aligns the CNC in it in place of RevDist, and all settings above,
-    # seed and holdout are CNC's
+    # checkpoint of cnc.py: CADA aligns the CNC in it in place of RevDist, and takes over its
+    # settings, seed and holdout
     cnc: str = ""
 
     # train (and evaluate), evaluate a checkpoint, or predict: score images of unknown label
@@ -162,10 +162,8 @@ class Teacher(nn.Module):
     def __init__(self, resnet, random):
         super().__init__()
         self.random = random  # whether the weights are random, and not trained ones
-        self.stem = nn.Sequential(resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool)
-        self.layer1 = resnet.layer1
-        self.layer2 = resnet.layer2
-        self.layer3 = resnet.layer3
+        stem = nn.Sequential(resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool)
+        self.layers = nn.Sequential(stem, resnet.layer1, resnet.layer2, resnet.layer3)
         self.requires_grad_(False).eval()
 
     def train(self, mode=True):
@@ -174,11 +172,12 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, x):
+        features = []
         with half_precision(x, torch.float16):
-            f1 = self.layer1(self.stem(x))
-            f2 = self.layer2(f1)
-            f3 = self.layer3(f2)
-        return [f1.half(), f2.half(), f3.half()]
+            for layer in self.layers:
+                x = layer(x)
+                features.append(x.half())
+        return features[1:]  # without the stem's
 
 
 # ---- RevDist student -----------------------------------------------------------------------------
@@ -186,7 +185,7 @@ class Teacher(nn.Module):
 # the end, squeezes it through a bottleneck, and must say again what the teacher said on the way.
 # The bottleneck has room for what normal images have in common, and hopefully none for a defect.
 
-downsample2x = partial(torchvision.ops.Conv2dNormActivation, kernel_size=3, stride=2)  # and ReLU
+downsample2x = partial(torchvision.ops.Conv2dNormActivation, kernel_size=3, stride=2)
 upsample2x = partial(nn.ConvTranspose2d, kernel_size=2, stride=2, bias=False)
 
 
@@ -195,13 +194,8 @@ def residual_stage(resnet, in_channels, planes, depth, up):
     (expansion 4). The first halves height and width, or doubles them if `up`:
     (B, in_channels, H, W) -> (B, planes * expansion, H/2, W/2 or 2H, 2W).
 
-    Without `up` this is torchvision's own stage. With `up` two layers of its first block are
-    replaced:
-
-                                 down (torchvision's own)   up (the mirror image)
-        shortcut                 1x1, stride 2              2x2 transposed, stride 2
-        BasicBlock's conv1       3x3, stride 2              2x2 transposed, stride 2
-        or Bottleneck's conv2    3x3, stride 2              2x2 transposed, stride 2
+    Without `up` this is torchvision's own stage. With `up` the shortcut of the first block and its
+    3x3 convolution of stride 2 are replaced by 2x2 transposed convolutions of stride 2.
     """
     kind = type(resnet.layer1[0])
     block = partial(kind, groups=resnet.groups, base_width=resnet.base_width)
@@ -270,10 +264,10 @@ class Student(nn.Module):
 class RevDist(nn.Module):
     """Reverse distillation, the detector under CADA: its name is [paper], its shapes are RD's.
 
-    The decoder has learned to reproduce the teacher's features e of normal images only; where its d
-    fails, the image is anomalous: A(h,w) = mean over layers of 1 - <e,d> / (|e||d|). [author]
-    How far it fails on *normal* images differs from class to class: a regular wire grid is easy to
-    reproduce, and granite is not. That is the problem that CADA solves.
+    The decoder has learned to reproduce the teacher's features e of normal images only; where its
+    answer d fails, the image is anomalous: A(h,w) = mean over layers of 1 - <e,d> / (|e||d|).
+    [author] How far it fails on *normal* images differs from class to class: a regular wire grid is
+    easy to reproduce, and granite is not. That is the problem that CADA solves.
 
     This is all that CADA and the shared code ask of a detector:
 
@@ -288,7 +282,7 @@ class RevDist(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.size = cfg.image_size
-        # An image that is not square is squashed [ours] D3. Mean and deviation are ImageNet's.
+        # An image that is not square is squashed [author]. Mean and deviation are ImageNet's.
         self.preprocess = Compose([Resize((self.size, self.size)), PILToTensor()])
         normalise_colours = Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
         self.standardise = Compose([ConvertImageDtype(torch.float32), normalise_colours])
@@ -297,8 +291,8 @@ class RevDist(nn.Module):
         self.student = Student(resnet)  # reads the layout, takes nothing of the weights
 
     def decode(self, features):
-        """Teacher features -> the same, and the student's version. Both are float32, because 1 -
-        cosine of nearly equal vectors would lose its digits in half precision."""
+        """Teacher features -> the same, e, and the student's answer, d. Both are float32, because
+        1 - cosine of nearly equal vectors would lose its digits in half precision."""
         # One memory layout, cuDNN's own, for features from the cache and from the teacher, because
         # the layout decides how a convolution rounds.
         encoded = [f.float().contiguous(memory_format=torch.channels_last) for f in features]
@@ -307,7 +301,7 @@ class RevDist(nn.Module):
         return encoded, [d.float() for d in decoded]
 
     def forward(self, features):
-        """The loss: the sum over three layers of 1 - cosine, a scalar in 0..6.
+        """The loss: the sum over three layers of 1 - cosine, a scalar in 0..3.
 
         The cosine is that of whole layers, flattened to one vector an image [author], so positions
         with large features count for more. In the anomaly map all positions count alike. (A loss by
@@ -321,7 +315,7 @@ class RevDist(nn.Module):
         return loss
 
     def describe(self, features):
-        """Teacher features -> (pooled (B, 2 * (C1+C2+C3)), raw anomaly map (B, S, S) in 0..2).
+        """Teacher features -> (pooled (B, 2 * (C1+C2+C3)), raw anomaly map (B, S, S) in 0..1).
 
         Pooled over the whole image, frozen features tell the class more than the defect, so CADA
         reads these. Mean *and* standard deviation over the positions [ours] D4: with the mean
@@ -333,23 +327,22 @@ class RevDist(nn.Module):
             pooled += [mean, std]
 
         encoded, decoded = self.decode(features)
-        size = (self.size, self.size)
         maps = 0.0
         for e, d in zip(encoded, decoded):
             distance = 1 - F.cosine_similarity(e, d, dim=1)[:, None]  # (B, 1, h, w)
-            full = F.interpolate(distance, size, mode="bilinear", align_corners=True)
+            full = F.interpolate(distance, self.size, mode="bilinear", align_corners=True)
             maps = maps + full[:, 0] / len(encoded)  # a mean over layers
         return torch.cat(pooled, dim=1), maps
 
 
-# ---- CADA, what is known of it -------------------------------------------------------------------
+# ---- CADA, after the paper -----------------------------------------------------------------------
 # A regression predicts u and gamma from the image [paper]; the map is aligned by them [author], in
-# `evaluation_batch` of ReContrast's utils.py; no class label is used [paper]. That is in
-# `map_statistics`, `fit_regression`, `regress` and `align`. Nothing here knows of RevDist.
+# `evaluation_batch` of ReContrast's utils.py, where the two numbers are a third output of the model
+# itself; no class label is used [paper]. Nothing here knows of RevDist.
 
 def map_statistics(maps):
-    """(N, H, W) -> (N, 2): u, the mean, and gamma, the maximum, of each map. gamma lies above u
-    even for a map without contrast, since alignment divides by their difference."""
+    """(N, H, W) -> (N, 2): u, the mean, and gamma, the maximum, of each single map. [ours] D5
+    gamma lies above u even for a map without contrast: alignment divides by their difference."""
     u = maps.mean((1, 2))
     least = u + 1e-6 * u.abs().clamp(min=1)  # 1e-6 above u; more where float32 would lose that
     gamma = maps.amax((1, 2)).maximum(least)
@@ -359,8 +352,8 @@ def map_statistics(maps):
 def log_statistics(statistics):
     """(N, 2), u and gamma -> (N, 2), log u and log(gamma - u).
 
-    Classes differ by factors, and a logarithm turns factors into differences. So maps must be above
-    0, as distances are. A value below a thousandth of the median of these N counts as that.
+    Classes differ by factors, and a logarithm turns factors into differences. [ours] D5 So maps
+    must be above 0. A value below a thousandth of the median of these N is raised to it.
     """
     u, gamma = statistics.unbind(1)
     values = torch.stack([u, gamma - u], dim=1)
@@ -393,17 +386,11 @@ def fit_regression(x, y):
     return tuple(map(torch.from_numpy, (ridge.coef_.T, ridge.intercept_, unseen)))
 
 
-def regress(x, weight, bias):
-    """What the regression predicts: (N, P), (P, 2), (2,) -> u (N,) and gamma (N,), gamma > u."""
-    u, contrast = (x @ weight + bias).exp().unbind(1)
-    return u, u + contrast
-
-
 def align(maps, u, gamma):
     """A' = (A - u) / (gamma - u), image by image: (N, H, W), (N,), (N,) -> (N, H, W). [author]
 
     0 is the mean of normal maps of the class and 1 their typical maximum, whatever the class is.
-    Typical is the median: about half of normal maps exceed 1 before the blur, and fewer after it.
+    So about half of normal maps exceed 1 before the blur, and fewer after it.
     """
     u = u[:, None, None]
     gamma = gamma[:, None, None]
@@ -414,19 +401,19 @@ def align(maps, u, gamma):
 # A defect that moves the features moves what a regression predicts. So we let the prediction snap
 # [ours] D6: on normal images the predictions crowd around *levels*, and an image gets the median
 # statistics of the level that its prediction is nearest to. To do harm, a defect must move the
-# prediction nearer to another level. One who reads for the paper alone may go on to "score".
+# prediction nearer to another level. (Who reads for the paper alone can go on at "score".)
 #
 # The regression learns in rounds. In the first its targets are the images' own statistics; after
 # it they are the medians of the levels, which pulls the images of a level together. Pooled I-AUROC
-# by the regression alone, after two rounds and after five: 59.8, 63.6, 68.8 on two classes of real
-# photographs whose maps were scaled apart, and 65.9, 71.2, 70.6 with the README's own detector.
+# by the regression alone, after two rounds and after five: 59.8, 63.6, 68.8 on ELPV, two classes of
+# photographs, with maps scaled apart; 65.9, 71.2, 70.6 in the README's "CADA on your own detector".
 
 # These were chosen by trial, on a few small sets, by their test labels (see the README). [ours] D6
 ROUNDS = 5  # of regressions
 WITHIN = 0.5**2  # levels merge until images lie half an error (rms) from their level's mean
-LEAST_ERROR = 0.01  # a smaller error counts as this one: to alignment 1 % is as good as exact
-COMPONENTS = 256  # principal components of the features that the regression reads [ours] D5
-MOST_IMAGES = 4000  # that CADA learns from; memory grows with the square of this number
+LEAST_ERROR = 0.01  # a smaller error, of a logarithm, counts as this one: 1 % is good enough
+COMPONENTS = 256  # principal components of the directions that the regression reads [ours] D5
+MOST_IMAGES = 4000  # that CADA learns from; Ward's method stores the distance of every pair
 
 
 def find_levels(unseen, y):
@@ -445,7 +432,7 @@ def find_levels(unseen, y):
     # root of twice what a merger added.
     tree = ward((unseen / error).numpy())
     within = np.cumsum(tree[:, 2] ** 2 / 2) / len(y)  # the variance within levels after a merger
-    number = len(y) - np.sum(within <= WITHIN)
+    number = len(y) - np.sum(within <= WITHIN)  # each merger up to WITHIN leaves one level less
     return fcluster(tree, number, "maxclust") - 1, error
 
 
@@ -505,10 +492,11 @@ class CADA:
         return cls(*[values.float() for values in learned])
 
     def regress(self, features):
-        """By the regression alone, the first round, as the paper has it: (N, F) -> u (N,) and gamma
-        (N,)."""
-        x = direction(features, self.mean, self.std)
-        return regress(x, self.first_weight, self.first_bias)
+        """By the regression alone, the first round, which is as near to the paper as we know it:
+        (N, F) -> u (N,) and gamma (N,)."""
+        logs = direction(features, self.mean, self.std) @ self.first_weight + self.first_bias
+        u, contrast = logs.exp().unbind(1)
+        return u, u + contrast
 
     def predict(self, features):
         """(N, F) -> u (N,) and gamma (N,), gamma > u: those of the level whose centre is nearest to
@@ -524,8 +512,8 @@ class CADA:
 
 def smooth(maps):
     """Gaussian blur of (N, H, W) maps. Sigma is 4 pixels at 256 x 256 [author], and grows with the
-    size of the image. The author's code cuts the kernel to 5 x 5; ours reaches 4 sigma, and edges
-    are repeated. [ours] D8
+    size of the image. Where the author evaluates CADA, the kernel is cut to 5 x 5; ours reaches 4
+    sigma, and edges are repeated. [ours] D8
 
     The kernel sums to one, so with repeated edges a constant map stays constant. The blur therefore
     commutes with (A - u) / (gamma - u): to align before it [author] or after it is the same.
@@ -569,7 +557,7 @@ def hold_out(cfg, samples, checkpoint):
     kept = held = list(range(len(samples)))
     if cfg.holdout > 0:
         kept, held = train_test_split(kept, test_size=cfg.holdout, random_state=cfg.seed)
-    if checkpoint and checkpoint["images"] != image_names([samples[i] for i in kept]):
+    if checkpoint and checkpoint["images"] != [samples[i].name for i in kept]:
         raise UserError(f"--data {cfg.data}: not the images of the checkpoint; give its --data")
     if len(held) < 99:
         print(f"threshold: the highest score of {len(held)} normal images, which is few; expect "
@@ -579,10 +567,10 @@ def hold_out(cfg, samples, checkpoint):
 
 def shuffled_batches(cfg, n, steps):
     """The batches of a whole training run, lists of indices below n, epoch after epoch. They follow
-    from the settings alone, so a resumed run goes on with the same ones."""
+    from the settings and the number of processes, so a resumed run goes on with the same ones."""
     size = cfg.batch_size // WORLD_SIZE  # WORLD_SIZE: the number of torchrun's processes, or 1
-    # Each process (RANK says which) has an order of its own. The i-th images of all shares are
-    # neighbours in the data set, often of one class: in one order these would meet in one step.
+    # Each process (RANK says which) draws an order of its own: with --holdout 0 the i-th images of
+    # all shares, samples[RANK::WORLD_SIZE], are neighbours, often of one class.
     generator = torch.Generator().manual_seed(cfg.seed + RANK)
     epochs = math.ceil(steps * size / n)  # a batch may reach into the next epoch
     order = torch.cat([torch.randperm(n, generator=generator) for _ in range(epochs)])
@@ -590,7 +578,8 @@ def shuffled_batches(cfg, n, steps):
 
 
 def image_features(cfg, detector, samples, batches=None):
-    """Yield the teacher's features of the same batches. Raises UserError if they are not finite."""
+    """Yield the teacher's features of what `image_batches` yields. Raises UserError if they are not
+    finite."""
     for x in image_batches(cfg, detector, samples, batches):
         features = detector.teacher(x)
         if not all(f.isfinite().all() for f in features):
@@ -600,27 +589,25 @@ def image_features(cfg, detector, samples, batches=None):
 
 
 def training_features(cfg, detector, samples, batches):
-    """Yield the teacher's features of each batch of indices. Training uses no augmentation, so
+    """Yield the teacher's features of each batch of indices. There is no augmentation [author], so
     every epoch would compute the same: they are computed once [ours] D2, or with --no-cache anew.
 
-    The features of an image are one row of float16 in an unnamed file in --out, which disappears
-    with the process, even a killed one. The system keeps in memory what fits.
+    They are stored in unnamed files in --out, one for each layer, which disappear with the process,
+    even a killed one. The system keeps in memory what fits.
     """
     if not cfg.cache:
         yield from image_features(cfg, detector, samples, batches)
         return
 
-    file = tempfile.TemporaryFile(dir=cfg.out)
+    files = [tempfile.TemporaryFile(dir=cfg.out) for _ in range(3)]
     for features in image_features(cfg, detector, samples):
-        rows = torch.cat([f.flatten(1) for f in features], dim=1)
-        file.write(rows.cpu().numpy())  # a full disk is an error here; in a mapped file, a crash
-    shapes = [f.shape[1:] for f in features]  # those of one image, as all images have them
-    sizes = [shape.numel() for shape in shapes]
+        for file, f in zip(files, features):
+            file.write(f.cpu().contiguous().numpy())  # a full disk is an error; if mapped, a crash
     device = features[0].device
-    stored = np.memmap(file, np.float16, "r", shape=(len(samples), sum(sizes)))
+    stored = [np.memmap(file, np.float16, "r", shape=(len(samples), *f.shape[1:]))
+              for file, f in zip(files, features)]
     for batch in batches:
-        rows = torch.from_numpy(stored[batch]).to(device)
-        yield [f.unflatten(1, shape) for f, shape in zip(rows.split(sizes, dim=1), shapes)]
+        yield [torch.from_numpy(layer[batch]).to(device) for layer in stored]
 
 
 @torch.no_grad()
@@ -696,7 +683,7 @@ def train(cfg, detector, samples, checkpoint):
 
         if step % math.ceil(cfg.iters / 10) == 0 or step == cfg.iters:  # about ten times
             losses[step] = loss.item()
-            checkpoint = {"images": image_names(samples), "step": step, "losses": losses,
+            checkpoint = {"images": [s.name for s in samples], "step": step, "losses": losses,
                           "optimizer": optimizer.state_dict()}
             save_checkpoint(cfg, detector, checkpoint)
             remove_results(cfg)  # those of an earlier run, which are not this checkpoint's
@@ -796,6 +783,7 @@ def run(argv):
             return
         checkpoint = checkpoint | calibrate(cfg, detector, normal, held)
         save_checkpoint(cfg, detector, checkpoint)
+        remove_results(cfg)
     if test:
         evaluate(cfg, detector, test, checkpoint)
 
@@ -806,8 +794,8 @@ def run(argv):
 
 # Written into checkpoints. Whoever changes what they hold changes this name, too.
 WRITER = "cada.py 2"
-# The settings of a checkpoint stay as they are, and another value is an error, but for these. (To
-# train with a checkpoint is to --resume.)
+# The settings of a checkpoint stay as they are, and another value is an error, but for these, by
+# command. (To train with a checkpoint is to --resume; "cnc": with a checkpoint of cnc.py.)
 FREE = {"train": "command checkpoint out weights device workers resume data cache iters lr",
         "eval": "command checkpoint out weights device workers data batch_size",
         "predict": "command checkpoint out weights device workers paths batch_size",
@@ -815,7 +803,7 @@ FREE = {"train": "command checkpoint out weights device workers resume data cach
 
 
 def check_method(cfg):
-    """Raises UserError for settings that exclude each other."""
+    """Raises UserError for settings that RevDist cannot have."""
     if cfg.image_size % 32 and not cfg.cnc:
         raise UserError("--image-size: give a multiple of 32, such as 256")
 
@@ -848,10 +836,7 @@ def estimate_statistics(teacher, batches):
     Fresh statistics (mean 0, variance 1) let the activations of a random ResNet drift from layer to
     layer, until all images look alike.
     """
-    # update_bn, PyTorch's own plain mean over all batches, calls train() of what it is given. That
-    # of Teacher does nothing, so it gets the layers in a container.
-    layers = nn.Sequential(teacher.stem, teacher.layer1, teacher.layer2, teacher.layer3).eval()
-    torch.optim.swa_utils.update_bn(batches, layers)
+    torch.optim.swa_utils.update_bn(batches, teacher.layers)  # a plain mean over all batches
 
 
 def plot_distributions(cfg, samples, scores, thresholds):
@@ -874,9 +859,9 @@ def plot_distributions(cfg, samples, scores, thresholds):
 
 
 def adopt_cnc(cfg, argv):
-    """The settings, and the checkpoint of cnc.py that --cnc names, as the start of one of ours. The
-    settings of a detector are CNC's, and so are the images kept back: CNC has not seen them.
-    Raises UserError for another value, and if there is no such checkpoint, or no finished one."""
+    """The checkpoint of cnc.py that --cnc names, made into the beginning of one of ours, and the
+    settings, of which those of the detector and of the images kept back are CNC's. Raises UserError
+    for a flag that contradicts these, and if there is no such checkpoint, or no finished one."""
     import cnc  # only here and below: to read and run RevDist, this file is enough
     checkpoint = read_checkpoint(cfg.cnc, cnc.WRITER)
     if not checkpoint["thresholds"]:
@@ -890,6 +875,9 @@ def adopt_cnc(cfg, argv):
                       iters=checkpoint["step"], **adopted)
     cfg = tyro.cli(Config, args=argv, default=defaults)
     refuse_changes(cfg, defaults, FREE["cnc"])
+    if Path(cfg.out).resolve() == Path(cfg.cnc).resolve().parent:
+        raise UserError("--out: give another folder than CNC's, whose checkpoint would be lost")
+    first_step(cfg, None, 0)  # says what --out holds
     return cfg, checkpoint
 
 
@@ -905,8 +893,8 @@ def build_cnc(cfg, checkpoint):
 
 # ==== shared: checkpoint
 def first_step(cfg, checkpoint, steps):
-    """Where a training starts, which is told: the number of steps done, and their losses. Raises
-    UserError if these are more than `steps`."""
+    """Print and return where a training starts: the number of steps done, and {step: loss}. Raises
+    UserError if they are more than `steps`."""
     if not checkpoint:
         if Path(cfg.out, "checkpoint.pt").exists():
             print(f"{cfg.out}: holds another training, which this one replaces", file=sys.stderr)
@@ -914,13 +902,8 @@ def first_step(cfg, checkpoint, steps):
     done = checkpoint["step"]
     print(f"--resume: seed {cfg.seed}, step {done} of {steps}", file=sys.stderr)
     if done > steps:
-        raise UserError("--resume: trained for longer already; give a larger number")
+        raise UserError("--resume: trained for longer already; give more of them")
     return done, checkpoint["losses"]
-
-
-def image_names(samples):
-    """What a checkpoint knows images by: class and file name."""
-    return [(s.cls, s.path.name) for s in samples]
 
 
 def remove_results(cfg):
@@ -931,7 +914,7 @@ def remove_results(cfg):
 
 def save_checkpoint(cfg, detector, checkpoint):
     """Write checkpoint.pt, whole or not at all, and say so. Raises UserError for weights that are
-    not finite, and if the file cannot be written. A checkpoint is a dict of plain values:
+    not finite, and if the file cannot be written. A checkpoint is a dict of tensors and the like:
 
         writer, config     who wrote it, with which settings
         weights            a state_dict for each part of the detector, without a trained teacher
@@ -983,13 +966,12 @@ def read_checkpoint(path, writer):
 def load_weights(detector, checkpoint):
     """Put the weights of a checkpoint into the detector. Raises UserError if its teacher is not the
     one that the checkpoint was trained with, and for weights of another version."""
-    expected = checkpoint["fingerprint"]
-    if not math.isclose(fingerprint(detector.teacher), expected, rel_tol=1e-6):
+    if not math.isclose(fingerprint(detector.teacher), checkpoint["fingerprint"], rel_tol=1e-6):
         raise UserError("--weights: not the teacher of the training; give the same weights")
     try:
         for name, weights in checkpoint["weights"].items():
             detector.get_submodule(name).load_state_dict(weights)
-    except (AttributeError, RuntimeError) as e:
+    except RuntimeError as e:
         raise UserError(f"the checkpoint is of another version: {str(e)[:200]}; train anew")
 
 
@@ -1019,6 +1001,11 @@ class Sample:
     cls: str = ""
     label: int = 0  # 1 is anomalous; from the folder name, since a small defect may lose its mask
     mask: Path = None
+
+    @property
+    def name(self):
+        """What a checkpoint knows it by."""
+        return self.cls, self.path.name
 
 
 def files_in(folder, pattern):
@@ -1056,7 +1043,7 @@ def read_dataset(root, training=True):
           f"{sum(s.label for s in test)} of them defective, {len(masks)} masks; "
           f"{len(unused)} files not used", *unused[:1], file=sys.stderr)
     for path in unused:  # else the metrics of pixels would be missing, and nobody would notice
-        if "ground_truth" in path.parts and is_image(path):
+        if "ground_truth" in path.relative_to(root).parts and is_image(path):
             raise UserError(f"{path}: not the mask of a test image; see data/README.md")
     return train, test
 
@@ -1097,7 +1084,7 @@ def images_by_name(root, pattern):
 
 
 def read_visa(root):
-    """Read the raw VisA archive by its own split file. Raises UserError if that is not VisA's."""
+    """Read the raw VisA archive by its own split file. Raises UserError if it cannot be read."""
     path = root / "split_csv/1cls.csv"
     samples = {"train": [], "test": []}
     try:
@@ -1127,7 +1114,7 @@ def mistake_in(sample):
         image = load_image(sample.path)
         if sample.mask:
             with Image.open(sample.path) as file:
-                turned = file.getexif().get(ExifTags.Base.Orientation, 1) != 1
+                turned = file.getexif().get(0x0112, 1) != 1  # EXIF's orientation
             if turned or load_mask(sample.mask).size != image.size:
                 return (f"mask {sample.mask}: its image has another size, or is turned by EXIF; "
                         "save both upright and equally large")
@@ -1148,7 +1135,7 @@ def open_image(path):
     if several or image.mode in ("I", "F"):
         raise UserError(f"{path}: several frames, or 32 bits a pixel; save one image of 8 bits")
 
-    if image.mode.startswith("I;16"):  # convert() would clip it; the small numbers of a mask stay
+    if image.mode.startswith("I;16"):  # convert() would clip it; small numbers stay above 0
         image = Image.fromarray(np.ceil(np.asarray(image) / 257).astype(np.uint8))
     if image.has_transparency_data:
         black = Image.new("RGBA", image.size, "black")
@@ -1170,9 +1157,8 @@ def load_mask(path):
     9, others the colours of a palette. But if a mask without a palette has values above 127, as
     MVTec AD's have, only those count: blur and JPEG leave small ones. A colour counts by its
     brightest channel. [ours] D10"""
-    image = open_image(path)
-    values = np.asarray(image.convert("RGB")).max(2)
-    bright = values.max() > 127 and image.mode != "P"
+    values = np.asarray(open_image(path).convert("RGB")).max(2)
+    bright = values.max() > 127 and Image.open(path).mode != "P"
     return Image.fromarray(values > (127 if bright else 0))
 
 
@@ -1201,11 +1187,11 @@ def ranking_metrics(kind, scores, positive):
     """<kind>-AUROC, <kind>-AP and <kind>-F1max in 0..1 of scores with bool labels of the same
     shape; for pixels, kind "P", (N, H, W), also AUPRO. {} if all labels are equal.
 
-    scikit-learn gives the same and takes @@SK times as long on pixels, of which few are positive:
+    scikit-learn gives the same and takes 25 times as long on pixels, of which few are positive:
     every distinct score is a threshold, but the true-positive rate changes only at scores of
-    positives. So each distinct score of a positive gives two points of
-    the ROC curve, one with the threshold just above it and one with the threshold at it, and all
-    that lies between is straight. Four images, positives scored 9 and 4, negatives 6 and 1:
+    positives. So each distinct score of a positive gives two points of the ROC curve, one with the
+    threshold just above it and one with the threshold at it, and all that lies between is straight.
+    Four images, positives scored 9 and 4, negatives 6 and 1:
 
         threshold     9   4
         tp_above      0   1     positives above it
@@ -1286,7 +1272,8 @@ def summarise(scores, labels, classes, maps, masks):
     mean = {}
     for name in pooled:
         values = [found[name] for found in results.values() if name in found]
-        mean[name] = float(np.mean(values))
+        if values:
+            mean[name] = float(np.mean(values))
     return results | {"class mean": mean, "pooled": pooled}
 # ==== end shared
 
@@ -1303,15 +1290,15 @@ def report(cfg, samples, size, variants, decides, checkpoint):
     classes = np.array([s.cls for s in samples])
     labels = np.array([s.label for s in samples])
     masks = load_masks(samples, size)
-    lost = sum(bool(s.mask) and s.label > m.max() for s, m in zip(samples, masks))
+    lost = sum(s.label == 1 and bool(s.mask) and not m.any() for s, m in zip(samples, masks))
     if lost:
-        print(f"{lost} masks have no pixel left at {size} x {size}: the metrics of pixels miss "
-              "their defects, those of images do not; give a larger --image-size", file=sys.stderr)
+        print(f"{lost} masks are empty at {size} x {size}: the metrics of pixels miss their "
+              "defects, those of images do not; give a larger --image-size", file=sys.stderr)
 
-    # heatmaps.png has a column for every k-th image, and for the variants with a threshold a row.
+    # heatmaps.png has 16 columns at most, and a row for each variant that has a threshold.
     shown = range(0, len(samples), math.ceil(len(samples) / 16))
-    images = [load_image(samples[i].path).resize((size, size)) for i in shown]
-    rows = [images, [Image.fromarray(masks[i]).convert("RGB") for i in shown]]
+    rows = [[load_image(samples[i].path).resize((size, size)) for i in shown],
+            [Image.fromarray(masks[i]).convert("RGB") for i in shown]]
     scores = {}
     results = {}
     for variant, maps in variants:
@@ -1319,7 +1306,7 @@ def report(cfg, samples, size, variants, decides, checkpoint):
         results[variant] = summarise(scores[variant], labels, classes, maps.numpy(), masks)
         if variant in thresholds:
             rows.append([overlay(image, maps[i], thresholds[variant])
-                         for image, i in zip(images, shown)])
+                         for image, i in zip(rows[0], shown)])
 
     if results[decides]["pooled"]:
         print_table(results)
@@ -1346,10 +1333,10 @@ def report(cfg, samples, size, variants, decides, checkpoint):
 
 def load_masks(samples, size):
     """The masks of samples, bool (N, size, size), False where there is none. They are binarised
-    before they are resized: the other way round thin defects blur."""
+    before they are resized: the other way round thin defects blur. A good image has none."""
     masks = np.zeros((len(samples), size, size), bool)
     for i, s in enumerate(samples):
-        if s.mask:
+        if s.label and s.mask:
             masks[i] = load_mask(s.mask).resize((size, size), Image.NEAREST)
     return masks
 
@@ -1367,10 +1354,9 @@ def print_table(results):
 
 
 def overlay(image, amap, threshold):
-    """An RGB image with its map (S, S) on it: clear up to half the threshold, hottest from twice
-    the threshold on. To scale each map by itself would paint good images in the colours of defects.
-    """
-    heat = ((amap / threshold - 0.5) / 1.5).clamp(0, 1).numpy()
+    """An RGB image with its map (S, S) on it: clear up to half the threshold, and hottest from
+    1.5 times the threshold on. To scale each map by itself would paint good images as defective."""
+    heat = (amap / threshold - 0.5).clamp(0, 1).numpy()
     colours = colormaps["inferno"](heat, alpha=0.8 * heat, bytes=True)  # (S, S, 4)
     layer = Image.fromarray(colours).resize(image.size)
     image = image.copy()
@@ -1381,10 +1367,11 @@ def overlay(image, amap, threshold):
 def images_to_score(cfg):
     """What predict is to score: images that are named, and those in folders that are named. Raises
     UserError if there is none, or one that cannot be read."""
+    places = [Path(place) for place in cfg.paths]
     found = []
-    for place in map(Path, cfg.paths):
+    for place in places:
         found += files_in(place, "**/*") if place.is_dir() else [place]
-    samples = [Sample(path) for path in found if is_image(path) or str(path) in cfg.paths]
+    samples = [Sample(path) for path in found if is_image(path) or path in places]
     print(f"{len(samples)} images; {len(found) - len(samples)} files not used", file=sys.stderr)
     if not samples:
         raise UserError(f"no image to score in {', '.join(cfg.paths)}; name some")
@@ -1432,7 +1419,7 @@ def read_command_line(argv):
     if cfg.command == "train" and not cfg.resume:
         places = [HERE / "data" / name for name in ("mvtec", "visa", "demo")]
         data = cfg.data or str(next(filter(Path.is_dir, places), places[-1]))
-        demo = Path(data).resolve() == HERE / "data/demo"
+        demo = Path(data).resolve() == places[-1].resolve()
         defaults = Config(data=data, **DEMO if demo else {})
     else:
         path = Path(cfg.checkpoint or Path(cfg.out, "checkpoint.pt"))
@@ -1449,7 +1436,7 @@ def read_command_line(argv):
 
 
 def check_settings(cfg):
-    """Raises UserError for settings that would otherwise fail late, or not at all."""
+    """Raises UserError for settings that do not go together."""
     if (cfg.command == "predict") != bool(cfg.paths):
         raise UserError(f"{cfg.command}: name images after predict, and only there")
     if cfg.command == "train" and cfg.checkpoint and not cfg.resume:
@@ -1463,7 +1450,7 @@ def refuse_changes(cfg, defaults, free):
     """Raises UserError for a setting that is not free, and differs from the checkpoint's."""
     for name, value in vars(defaults).items():
         if name not in free.split() and getattr(cfg, name) != value:
-            raise UserError(f"--{name.replace('_', '-')}: the checkpoint has {value}; drop it")
+            raise UserError(f"--{name.replace('_', '-')}: the checkpoint has {value!r}; drop it")
 
 
 def choose_device(name):

@@ -42,7 +42,7 @@ From paper to code:
 
     frozen CLIP [paper], tapped at thirds [port]   Teacher
     class-agnostic learnable prompts [paper]       PromptLearner; their words: [ours] D13
-    gated mixture-of-experts [paper]               GatedMoE; its residual: [ours] D14
+    gated mixture-of-experts [paper]               GatedMoE; residual in Student: [ours] D14
     standardised tokens, centred joint space       NormalStatistics, [ours] D21
     fusion of the taps, decoder [port]             Student
     feature-level normality promotion [paper]      promote, CNC.psi; its form: [ours] D15
@@ -54,13 +54,13 @@ From paper to code:
     anomaly map M of cosines [paper]               CNC.describe, image_score; details: [ours] D20
 
 Read it from the top: first the method, in the order in which an image passes through it, then
-training and evaluation. The appendix is what any such script needs. Sections between `shared`
+training and evaluation. The appendix reads files and writes results. Sections between `shared`
 banners stand in cada.py letter for letter.
 
     python cnc.py                                      train and evaluate; without data/mvtec and
                                                        data/visa on the small set in data/demo
     python cnc.py --data DIR                           on MVTec AD, VisA, or a tree of your own
-    python cnc.py --no-fnp --no-constraint             without text
+    python cnc.py --no-fnp --no-constraint             text has no effect
     python cnc.py eval --checkpoint FILE               the same numbers again
     python cnc.py predict PATH ... --checkpoint FILE   score images, write heat maps
     torchrun --nproc-per-node=N cnc.py ...             train on N GPUs
@@ -85,7 +85,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from matplotlib import colormaps
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 from scipy import ndimage
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import train_test_split
@@ -123,15 +123,13 @@ class Config:
     """Train and evaluate CNC, evaluate a checkpoint again, or score images with it.
 
     The defaults are the published settings for MVTec AD [paper], where there are any. (MVTec AD and
-    VisA are the field's two usual data sets.) On data/demo a tiny teacher and fewer epochs replace
-    them.
+    VisA are the field's two usual data sets.) On data/demo DEMO replaces some of them.
     """
 
     # frozen CLIP [paper]: a ViT of open_clip's, or tiny, a small one built here [ours] D1
     teacher: str = "ViT-L-14-336-quickgelu"
-    # of the teacher [paper]: open_clip tag, file, or none: random. OpenAI's weights, also from a
-    # file, want a teacher whose name ends in -quickgelu. A file holds a state_dict, as open_clip's
-    # downloads do; OpenAI's own download is a TorchScript archive and is refused
+    # of the teacher [paper]: open_clip tag; file of a state_dict (OpenAI's own files, TorchScript
+    # archives, are refused); or none: random. OpenAI's want a teacher that ends in -quickgelu
     weights: str = "openai"
     # sides in pixels of the square [paper], a multiple of the teacher's patch; give 128 for tiny.
     # Images that are not square are squashed [ours] D3
@@ -248,7 +246,7 @@ class PromptLearner(nn.Module):
     were before any learning. The CLIP is not stored here: it belongs to the teacher.
     """
 
-    # "a object", since both sentences share their context.
+    # It is "a object" because both sentences share their context.
     SENTENCES = ("a photo of a object.", "a photo of a damaged object.")
     N_CTX = 4  # "a photo of a": a token each
 
@@ -285,11 +283,6 @@ def encode_prompts(clip, embeddings, ids):
 # Three taps come in, one mixed token a patch goes through the bottleneck, three taps come out
 # again. The experts stand in the bottleneck, where patches of all kinds have to share the room.
 
-def make_expert(dim):
-    """(..., dim) -> (..., dim). [port]"""
-    return nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim))
-
-
 class GatedMoE(nn.Module):
     """Each token goes through the top_k of num_experts that the gate scores highest. [paper]
 
@@ -302,7 +295,9 @@ class GatedMoE(nn.Module):
         # A linear gate, one score an expert. [port]
         self.gate = nn.Linear(dim, num_experts)
         self.top_k = top_k
-        self.experts = nn.ModuleList(make_expert(dim) for _ in range(num_experts))
+        self.experts = nn.ModuleList()  # [port]
+        for _ in range(num_experts):
+            self.experts.append(nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim)))
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):  # bf16 would change some choices
@@ -379,8 +374,8 @@ def promote(v, psi, text):
     promotion is [paper], its form [ours] D15.
 
     Encoded and decoded patch gain the same vector: the same difference, longer vectors, a smaller
-    angle. A patch gets longer if its margin is above -psi |t_n - t_a|^2 / 2, which is below the
-    average margin, 0.
+    angle. (A patch gets longer if its margin is above -psi |t_n - t_a|^2 / 2. The average patch
+    does, since its margin is 0.)
     """
     return v + psi[..., None] * difference(text)
 
@@ -389,13 +384,13 @@ class NormalStatistics(nn.Module):
     """What the tokens of normal images have in common, tap by tap: taken once from training images,
     before the training, and fixed from then on. [ours] D21
 
-    A trained CLIP's tokens share a large mean, and a few channels are huge in all of them
-    (arXiv:2411.14517), so any two are alike by a cosine. Then a decoder that always gives the same
-    answer is nearly right, and a margin says nothing. So the student reads and answers
-    *standardised* tokens, and patches are *centred* in the joint space: a decoder that knows
-    nothing has a loss of 1, and one that knows all of 0. And no direction of the joint space may
-    outweigh the others: where patches vary more than 8 times (chosen by trial) as much as in the
-    average direction, they are shrunk to that.
+    Vectors of a trained CLIP share a large mean (arXiv:2411.14517), its tokens perhaps, too, and a
+    few channels may be huge in all of them. Then any two are alike by a cosine, a decoder that
+    always gives the same answer is nearly right, and a margin says nothing. So the student reads
+    and answers *standardised* tokens, and patches are *centred* in the joint space: without the
+    promotion the loss of a decoder that knows nothing is 1, of one that knows all 0. And no
+    direction of the joint space may outweigh the others: where the variance of patches is more than
+    8 times the average (chosen by trial), it is *shrunk* to that.
     """
 
     def __init__(self, width, joint_width):
@@ -404,8 +399,8 @@ class NormalStatistics(nn.Module):
         self.register_buffer("std", torch.ones(TAPS, 1, 1, width))
         self.register_buffer("centre", torch.zeros(TAPS, 1, 1, joint_width))  # mean of P(e)
         self.register_buffer("shrink", torch.eye(joint_width).repeat(TAPS, 1, 1, 1))
-        # Of the margins of patches, with the prompts as they start: what a margin of 0.05 means
-        # differs from tap to tap and from CLIP to CLIP. Their mean is nearly 0, by the centring.
+        # Standard deviation of the margins of patches, with the prompts as they start, because what
+        # a margin of 0.05 means differs between taps and CLIPs. (Their mean is nearly 0 by now.)
         self.register_buffer("margin_std", torch.ones(TAPS, 1, 1))
 
 
@@ -457,8 +452,8 @@ class CNC(nn.Module):
         joint = self.teacher.joint(tokens[:, :, 1:])  # (taps, images, N, D)
         normal.centre = joint.mean((1, 2), keepdim=True)
         values, vectors = spectrum(joint)
-        excess = (values / values.mean(1, keepdim=True) / 8).clamp(min=1)
-        normal.shrink = (vectors * excess.rsqrt()[:, None] @ vectors.mT)[:, None]
+        excess = (values / values.mean(1, keepdim=True) / 8).clamp(min=1)  # (taps, D)
+        normal.shrink = (vectors * excess.rsqrt()[:, None] @ vectors.mT)[:, None]  # (taps, 1, D, D)
 
         margins = margin(self.patches(tokens), self.text())
         normal.margin_std = margins.std((1, 2), keepdim=True) + 1e-6
@@ -499,13 +494,12 @@ class CNC(nn.Module):
         return 1 - F.cosine_similarity(e, d, dim=-1)
 
     def constraint(self, v, text, slack):
-        """The cross-modal normality constraint on patches v (taps, B, N, D), a scalar: the cross
-        entropy of a softmax over the cosines to t_n and t_a, divided by tau, against "normal";
-        times tau, so that a cosine weighs as much as in the distillation. That it exists and the
-        value of tau are [paper], its form is [ours] D17.
+        """The cross-modal normality constraint on patches v (taps, B, N, D), a scalar: tau times
+        the cross entropy of softmax(cosines to t_n and t_a / tau) with the label "normal". That it
+        exists and the value of tau are [paper], its form is [ours] D17.
 
         t_n gets a bonus of `slack` standard deviations. At tau = 0.001 the loss is nearly a hinge:
-        0 for a patch whose margin is above -slack std, and for others what it is below that.
+        0 for a margin above -slack std, and else how far it falls short, on the scale of a cosine.
         """
         cosines = torch.einsum("tbnd,tkd->tbnk", v, text)
         to_normal, to_abnormal = cosines.unbind(-1)
@@ -514,10 +508,9 @@ class CNC(nn.Module):
         return -self.cfg.tau * logits.log_softmax(dim=-1)[..., 0].mean()
 
     def prompt_loss(self, e, text):
-        """What the prompts learn from encoded normal patches: to lift every margin that is below
-        the average. |text - start|^2, the distance to the words that they started as, holds them
-        back: without it t_a would move away from all normal patches, whatever "damaged" means.
-        [ours] D13"""
+        """What the prompts learn from encoded normal patches: to lift every margin below 0, the
+        average. |text - start|^2, the distance to the words that they started as, holds them back:
+        else t_a would move away from all normal patches and lose its meaning. [ours] D13"""
         drift = (text - self.prompts.start).square().sum((1, 2)).mean()
         return self.constraint(e, text, slack=0.0) + drift
 
@@ -557,7 +550,7 @@ class CNC(nn.Module):
         d = self.patches(decoded)
         m = self.distance(e, d, self.text()).mean(0)  # over taps: (B, N)
         grid = m.view(-1, 1, self.teacher.grid, self.teacher.grid)
-        maps = F.interpolate(grid, (self.size, self.size), mode="bilinear")[:, 0]
+        maps = F.interpolate(grid, self.size, mode="bilinear")[:, 0]
 
         std, mean = torch.std_mean(encoded[:, :, 1:], dim=2)  # (taps, B, C) each
         return torch.cat([*mean, *std], dim=1), maps
@@ -568,8 +561,8 @@ class CNC(nn.Module):
 
 def smooth(maps):
     """Gaussian blur of (N, H, W) maps. Sigma is 4 pixels at 256 x 256 [author], and grows with the
-    size of the image. The author's code cuts the kernel to 5 x 5; ours reaches 4 sigma, and edges
-    are repeated. [ours] D8
+    size of the image. Where the author evaluates CADA, the kernel is cut to 5 x 5; ours reaches 4
+    sigma, and edges are repeated. [ours] D8
 
     The kernel sums to one, so with repeated edges a constant map stays constant. The blur therefore
     commutes with (A - u) / (gamma - u): to align before it [author] or after it is the same.
@@ -613,7 +606,7 @@ def hold_out(cfg, samples, checkpoint):
     kept = held = list(range(len(samples)))
     if cfg.holdout > 0:
         kept, held = train_test_split(kept, test_size=cfg.holdout, random_state=cfg.seed)
-    if checkpoint and checkpoint["images"] != image_names([samples[i] for i in kept]):
+    if checkpoint and checkpoint["images"] != [samples[i].name for i in kept]:
         raise UserError(f"--data {cfg.data}: not the images of the checkpoint; give its --data")
     if len(held) < 99:
         print(f"threshold: the highest score of {len(held)} normal images, which is few; expect "
@@ -623,10 +616,10 @@ def hold_out(cfg, samples, checkpoint):
 
 def shuffled_batches(cfg, n, steps):
     """The batches of a whole training run, lists of indices below n, epoch after epoch. They follow
-    from the settings alone, so a resumed run goes on with the same ones."""
+    from the settings and the number of processes, so a resumed run goes on with the same ones."""
     size = cfg.batch_size // WORLD_SIZE  # WORLD_SIZE: the number of torchrun's processes, or 1
-    # Each process (RANK says which) has an order of its own. The i-th images of all shares are
-    # neighbours in the data set, often of one class: in one order these would meet in one step.
+    # Each process (RANK says which) draws an order of its own: with --holdout 0 the i-th images of
+    # all shares, samples[RANK::WORLD_SIZE], are neighbours, often of one class.
     generator = torch.Generator().manual_seed(cfg.seed + RANK)
     epochs = math.ceil(steps * size / n)  # a batch may reach into the next epoch
     order = torch.cat([torch.randperm(n, generator=generator) for _ in range(epochs)])
@@ -634,7 +627,8 @@ def shuffled_batches(cfg, n, steps):
 
 
 def image_features(cfg, detector, samples, batches=None):
-    """Yield the teacher's features of the same batches. Raises UserError if they are not finite."""
+    """Yield the teacher's features of what `image_batches` yields. Raises UserError if they are not
+    finite."""
     for x in image_batches(cfg, detector, samples, batches):
         features = detector.teacher(x)
         if not all(f.isfinite().all() for f in features):
@@ -644,27 +638,25 @@ def image_features(cfg, detector, samples, batches=None):
 
 
 def training_features(cfg, detector, samples, batches):
-    """Yield the teacher's features of each batch of indices. Training uses no augmentation, so
+    """Yield the teacher's features of each batch of indices. There is no augmentation [author], so
     every epoch would compute the same: they are computed once [ours] D2, or with --no-cache anew.
 
-    The features of an image are one row of float16 in an unnamed file in --out, which disappears
-    with the process, even a killed one. The system keeps in memory what fits.
+    They are stored in unnamed files in --out, one for each layer, which disappear with the process,
+    even a killed one. The system keeps in memory what fits.
     """
     if not cfg.cache:
         yield from image_features(cfg, detector, samples, batches)
         return
 
-    file = tempfile.TemporaryFile(dir=cfg.out)
+    files = [tempfile.TemporaryFile(dir=cfg.out) for _ in range(3)]
     for features in image_features(cfg, detector, samples):
-        rows = torch.cat([f.flatten(1) for f in features], dim=1)
-        file.write(rows.cpu().numpy())  # a full disk is an error here; in a mapped file, a crash
-    shapes = [f.shape[1:] for f in features]  # those of one image, as all images have them
-    sizes = [shape.numel() for shape in shapes]
+        for file, f in zip(files, features):
+            file.write(f.cpu().contiguous().numpy())  # a full disk is an error; if mapped, a crash
     device = features[0].device
-    stored = np.memmap(file, np.float16, "r", shape=(len(samples), sum(sizes)))
+    stored = [np.memmap(file, np.float16, "r", shape=(len(samples), *f.shape[1:]))
+              for file, f in zip(files, features)]
     for batch in batches:
-        rows = torch.from_numpy(stored[batch]).to(device)
-        yield [f.unflatten(1, shape) for f, shape in zip(rows.split(sizes, dim=1), shapes)]
+        yield [torch.from_numpy(layer[batch]).to(device) for layer in stored]
 
 
 @torch.no_grad()
@@ -679,9 +671,8 @@ def describe_images(cfg, detector, samples):
 
 
 # ---- training ------------------------------------------------------------------------------------
-# The decoder learns from the first step on, by the distillation. In the warm-up the prompts learn,
-# too; after it they are fixed, and the constraint acts on the decoder. With torchrun several
-# processes train together, each on its share of the images.
+# The order of things is that of `CNC.forward`. With torchrun several processes train together, each
+# on its share of the images.
 
 def all_tokens(cfg, detector, samples):
     """The tokens of all samples at once, float32 (taps, samples, 1 + N, C)."""
@@ -715,7 +706,7 @@ def train(cfg, detector, samples, checkpoint):
         return checkpoint
     if start == 0:  # with torchrun in every process, from the same images
         chosen = samples[::math.ceil(len(samples) / 128)]  # enough: each has hundreds of patches
-        if detector.teacher.random:
+        if detector.teacher.random:  # this changes the tokens
             detector.teacher.whitening.estimate(all_tokens(cfg, detector, chosen))
         detector.take_statistics(all_tokens(cfg, detector, chosen))
 
@@ -739,7 +730,7 @@ def train(cfg, detector, samples, checkpoint):
         # The rate follows from the step alone, so a resumed run needs no state of a scheduler. It
         # falls [ours] D22: else the result would be that of one lucky or unlucky last step.
         optimizer.param_groups[0]["lr"] = cfg.lr * (0.2 if step > 0.8 * steps else 1)
-        torch.manual_seed(cfg.seed + step)  # so dropout draws the same in a resumed run
+        torch.manual_seed(cfg.seed + WORLD_SIZE * step + RANK)  # dropout as in an unbroken run
 
         epoch = (step - 1) * cfg.batch_size / len(samples)  # a batch may reach into the next one
         loss = model(features, warm_up=epoch < cfg.theta)
@@ -749,7 +740,7 @@ def train(cfg, detector, samples, checkpoint):
 
         if step % math.ceil(steps / 10) == 0 or step == steps:  # about ten times
             losses[step] = loss.item()
-            checkpoint = {"images": image_names(samples), "step": step, "losses": losses,
+            checkpoint = {"images": [s.name for s in samples], "step": step, "losses": losses,
                           "optimizer": optimizer.state_dict()}
             save_checkpoint(cfg, detector, checkpoint)
             remove_results(cfg)  # those of an earlier run, which are not this checkpoint's
@@ -814,11 +805,13 @@ def report_text(cfg, detector, samples):
     background (arXiv:2304.05653)."""
     e = detector.patches(all_tokens(cfg, detector, samples))
     margins = margin(e, detector.text()).cpu()  # (taps, N, patches)
-    defective = load_masks(samples, detector.teacher.grid).reshape(margins[0].shape)
+    masks = torch.from_numpy(load_masks(samples, detector.size)).float()
+    # A patch is defective if a part of it is.
+    defective = F.max_pool2d(masks, detector.size // detector.teacher.grid)
     if not defective.any():
-        defective = np.array([s.label == 1 for s in samples])
+        defective = torch.tensor([float(s.label) for s in samples])
         margins = margins.amin(2)
-    if defective.any() and not defective.all():
+    if 0 < defective.mean() < 1:
         found = [f"{100 * roc_auc_score(defective.ravel(), -m.ravel()):.1f}" for m in margins]
         print("AUROC of the text alone, by tap:", *found, "(50: it says nothing; below: it "
               "misleads, take --no-fnp --no-constraint)")
@@ -826,17 +819,17 @@ def report_text(cfg, detector, samples):
 
 # Written into checkpoints. Whoever changes what they hold changes this name, too.
 WRITER = "cnc.py 2"
-# The settings of a checkpoint stay as they are, and another value is an error, but for these. (To
-# train with a checkpoint is to --resume.)
+# The settings of a checkpoint stay as they are, and another value is an error, but for these, by
+# command. (To train with a checkpoint is to --resume.)
 FREE = {"train": "command checkpoint out weights device workers resume data cache epochs lr",
         "eval": "command checkpoint out weights device workers data batch_size",
         "predict": "command checkpoint out weights device workers paths batch_size"}
 
 
 def check_method(cfg):
-    """Raises UserError for settings that exclude each other."""
-    if cfg.top_k > cfg.experts:
-        raise UserError("--top-k: give at most --experts")
+    """Raises UserError for settings that CNC cannot have."""
+    if not 1 <= cfg.top_k <= cfg.experts:
+        raise UserError("--top-k: give a number from 1 to --experts")
     if cfg.constraint and cfg.theta >= cfg.epochs:
         raise UserError("--theta: give less than --epochs, or the decoder is never guided")
 
@@ -875,14 +868,12 @@ def load_clip(cfg):
                         "weights, a file of them in float32, or none")
 
 
-# A CLIP that needs no download: random weights from a seed, small enough for a CPU. [ours] D1
-TINY_TEXT = {"context_length": 32, "width": 128, "heads": 2, "layers": 3}
-
-
 def tiny_clip(size):
-    """The small CLIP for images of size x size pixels."""
+    """A CLIP for images of size x size pixels that needs no download: random weights from a seed,
+    small enough for a CPU. [ours] D1"""
     vision = {"image_size": size, "patch_size": 16, "width": 192, "layers": 6}
-    clip = open_clip.CLIP(embed_dim=192, vision_cfg=vision, text_cfg=TINY_TEXT)
+    text = {"context_length": 32, "width": 128, "heads": 2, "layers": 3}
+    clip = open_clip.CLIP(embed_dim=192, vision_cfg=vision, text_cfg=text)
     clip.visual.positional_embedding.data *= 0.3  # tuned: as it is drawn, it outweighs texture
     nn.init.orthogonal_(clip.visual.proj)  # as good as a rotation: the joint space keeps cosines
     return clip
@@ -908,8 +899,8 @@ class Whitening(nn.Module):
         return (F.layer_norm(tokens, tokens.shape[-1:]) - self.mean) @ self.matrix[:, None]
 
     def estimate(self, tokens):
-        """Take mean and covariance from layer-normalised tokens of training images (taps, images,
-        1 + N, C): the teacher's features while the matrix is the identity."""
+        """Take mean and covariance from tokens of training images (taps, images, 1 + N, C) as
+        `forward` gives them before this, when mean is 0 and matrix 1."""
         self.mean = tokens.mean((1, 2), keepdim=True)
         # With the covariance V L V^T of a tap this is V (L / l_max + 1/1000)^(-1/2) V^T: directions
         # with less than a thousandth of the largest variance count as noise, which stays small.
@@ -920,8 +911,8 @@ class Whitening(nn.Module):
 
 # ==== shared: checkpoint
 def first_step(cfg, checkpoint, steps):
-    """Where a training starts, which is told: the number of steps done, and their losses. Raises
-    UserError if these are more than `steps`."""
+    """Print and return where a training starts: the number of steps done, and {step: loss}. Raises
+    UserError if they are more than `steps`."""
     if not checkpoint:
         if Path(cfg.out, "checkpoint.pt").exists():
             print(f"{cfg.out}: holds another training, which this one replaces", file=sys.stderr)
@@ -929,13 +920,8 @@ def first_step(cfg, checkpoint, steps):
     done = checkpoint["step"]
     print(f"--resume: seed {cfg.seed}, step {done} of {steps}", file=sys.stderr)
     if done > steps:
-        raise UserError("--resume: trained for longer already; give a larger number")
+        raise UserError("--resume: trained for longer already; give more of them")
     return done, checkpoint["losses"]
-
-
-def image_names(samples):
-    """What a checkpoint knows images by: class and file name."""
-    return [(s.cls, s.path.name) for s in samples]
 
 
 def remove_results(cfg):
@@ -946,7 +932,7 @@ def remove_results(cfg):
 
 def save_checkpoint(cfg, detector, checkpoint):
     """Write checkpoint.pt, whole or not at all, and say so. Raises UserError for weights that are
-    not finite, and if the file cannot be written. A checkpoint is a dict of plain values:
+    not finite, and if the file cannot be written. A checkpoint is a dict of tensors and the like:
 
         writer, config     who wrote it, with which settings
         weights            a state_dict for each part of the detector, without a trained teacher
@@ -998,13 +984,12 @@ def read_checkpoint(path, writer):
 def load_weights(detector, checkpoint):
     """Put the weights of a checkpoint into the detector. Raises UserError if its teacher is not the
     one that the checkpoint was trained with, and for weights of another version."""
-    expected = checkpoint["fingerprint"]
-    if not math.isclose(fingerprint(detector.teacher), expected, rel_tol=1e-6):
+    if not math.isclose(fingerprint(detector.teacher), checkpoint["fingerprint"], rel_tol=1e-6):
         raise UserError("--weights: not the teacher of the training; give the same weights")
     try:
         for name, weights in checkpoint["weights"].items():
             detector.get_submodule(name).load_state_dict(weights)
-    except (AttributeError, RuntimeError) as e:
+    except RuntimeError as e:
         raise UserError(f"the checkpoint is of another version: {str(e)[:200]}; train anew")
 
 
@@ -1034,6 +1019,11 @@ class Sample:
     cls: str = ""
     label: int = 0  # 1 is anomalous; from the folder name, since a small defect may lose its mask
     mask: Path = None
+
+    @property
+    def name(self):
+        """What a checkpoint knows it by."""
+        return self.cls, self.path.name
 
 
 def files_in(folder, pattern):
@@ -1071,7 +1061,7 @@ def read_dataset(root, training=True):
           f"{sum(s.label for s in test)} of them defective, {len(masks)} masks; "
           f"{len(unused)} files not used", *unused[:1], file=sys.stderr)
     for path in unused:  # else the metrics of pixels would be missing, and nobody would notice
-        if "ground_truth" in path.parts and is_image(path):
+        if "ground_truth" in path.relative_to(root).parts and is_image(path):
             raise UserError(f"{path}: not the mask of a test image; see data/README.md")
     return train, test
 
@@ -1112,7 +1102,7 @@ def images_by_name(root, pattern):
 
 
 def read_visa(root):
-    """Read the raw VisA archive by its own split file. Raises UserError if that is not VisA's."""
+    """Read the raw VisA archive by its own split file. Raises UserError if it cannot be read."""
     path = root / "split_csv/1cls.csv"
     samples = {"train": [], "test": []}
     try:
@@ -1142,7 +1132,7 @@ def mistake_in(sample):
         image = load_image(sample.path)
         if sample.mask:
             with Image.open(sample.path) as file:
-                turned = file.getexif().get(ExifTags.Base.Orientation, 1) != 1
+                turned = file.getexif().get(0x0112, 1) != 1  # EXIF's orientation
             if turned or load_mask(sample.mask).size != image.size:
                 return (f"mask {sample.mask}: its image has another size, or is turned by EXIF; "
                         "save both upright and equally large")
@@ -1163,7 +1153,7 @@ def open_image(path):
     if several or image.mode in ("I", "F"):
         raise UserError(f"{path}: several frames, or 32 bits a pixel; save one image of 8 bits")
 
-    if image.mode.startswith("I;16"):  # convert() would clip it; the small numbers of a mask stay
+    if image.mode.startswith("I;16"):  # convert() would clip it; small numbers stay above 0
         image = Image.fromarray(np.ceil(np.asarray(image) / 257).astype(np.uint8))
     if image.has_transparency_data:
         black = Image.new("RGBA", image.size, "black")
@@ -1185,9 +1175,8 @@ def load_mask(path):
     9, others the colours of a palette. But if a mask without a palette has values above 127, as
     MVTec AD's have, only those count: blur and JPEG leave small ones. A colour counts by its
     brightest channel. [ours] D10"""
-    image = open_image(path)
-    values = np.asarray(image.convert("RGB")).max(2)
-    bright = values.max() > 127 and image.mode != "P"
+    values = np.asarray(open_image(path).convert("RGB")).max(2)
+    bright = values.max() > 127 and Image.open(path).mode != "P"
     return Image.fromarray(values > (127 if bright else 0))
 
 
@@ -1216,11 +1205,11 @@ def ranking_metrics(kind, scores, positive):
     """<kind>-AUROC, <kind>-AP and <kind>-F1max in 0..1 of scores with bool labels of the same
     shape; for pixels, kind "P", (N, H, W), also AUPRO. {} if all labels are equal.
 
-    scikit-learn gives the same and takes @@SK times as long on pixels, of which few are positive:
+    scikit-learn gives the same and takes 25 times as long on pixels, of which few are positive:
     every distinct score is a threshold, but the true-positive rate changes only at scores of
-    positives. So each distinct score of a positive gives two points of
-    the ROC curve, one with the threshold just above it and one with the threshold at it, and all
-    that lies between is straight. Four images, positives scored 9 and 4, negatives 6 and 1:
+    positives. So each distinct score of a positive gives two points of the ROC curve, one with the
+    threshold just above it and one with the threshold at it, and all that lies between is straight.
+    Four images, positives scored 9 and 4, negatives 6 and 1:
 
         threshold     9   4
         tp_above      0   1     positives above it
@@ -1301,7 +1290,8 @@ def summarise(scores, labels, classes, maps, masks):
     mean = {}
     for name in pooled:
         values = [found[name] for found in results.values() if name in found]
-        mean[name] = float(np.mean(values))
+        if values:
+            mean[name] = float(np.mean(values))
     return results | {"class mean": mean, "pooled": pooled}
 # ==== end shared
 
@@ -1318,15 +1308,15 @@ def report(cfg, samples, size, variants, decides, checkpoint):
     classes = np.array([s.cls for s in samples])
     labels = np.array([s.label for s in samples])
     masks = load_masks(samples, size)
-    lost = sum(bool(s.mask) and s.label > m.max() for s, m in zip(samples, masks))
+    lost = sum(s.label == 1 and bool(s.mask) and not m.any() for s, m in zip(samples, masks))
     if lost:
-        print(f"{lost} masks have no pixel left at {size} x {size}: the metrics of pixels miss "
-              "their defects, those of images do not; give a larger --image-size", file=sys.stderr)
+        print(f"{lost} masks are empty at {size} x {size}: the metrics of pixels miss their "
+              "defects, those of images do not; give a larger --image-size", file=sys.stderr)
 
-    # heatmaps.png has a column for every k-th image, and for the variants with a threshold a row.
+    # heatmaps.png has 16 columns at most, and a row for each variant that has a threshold.
     shown = range(0, len(samples), math.ceil(len(samples) / 16))
-    images = [load_image(samples[i].path).resize((size, size)) for i in shown]
-    rows = [images, [Image.fromarray(masks[i]).convert("RGB") for i in shown]]
+    rows = [[load_image(samples[i].path).resize((size, size)) for i in shown],
+            [Image.fromarray(masks[i]).convert("RGB") for i in shown]]
     scores = {}
     results = {}
     for variant, maps in variants:
@@ -1334,7 +1324,7 @@ def report(cfg, samples, size, variants, decides, checkpoint):
         results[variant] = summarise(scores[variant], labels, classes, maps.numpy(), masks)
         if variant in thresholds:
             rows.append([overlay(image, maps[i], thresholds[variant])
-                         for image, i in zip(images, shown)])
+                         for image, i in zip(rows[0], shown)])
 
     if results[decides]["pooled"]:
         print_table(results)
@@ -1361,10 +1351,10 @@ def report(cfg, samples, size, variants, decides, checkpoint):
 
 def load_masks(samples, size):
     """The masks of samples, bool (N, size, size), False where there is none. They are binarised
-    before they are resized: the other way round thin defects blur."""
+    before they are resized: the other way round thin defects blur. A good image has none."""
     masks = np.zeros((len(samples), size, size), bool)
     for i, s in enumerate(samples):
-        if s.mask:
+        if s.label and s.mask:
             masks[i] = load_mask(s.mask).resize((size, size), Image.NEAREST)
     return masks
 
@@ -1382,10 +1372,9 @@ def print_table(results):
 
 
 def overlay(image, amap, threshold):
-    """An RGB image with its map (S, S) on it: clear up to half the threshold, hottest from twice
-    the threshold on. To scale each map by itself would paint good images in the colours of defects.
-    """
-    heat = ((amap / threshold - 0.5) / 1.5).clamp(0, 1).numpy()
+    """An RGB image with its map (S, S) on it: clear up to half the threshold, and hottest from
+    1.5 times the threshold on. To scale each map by itself would paint good images as defective."""
+    heat = (amap / threshold - 0.5).clamp(0, 1).numpy()
     colours = colormaps["inferno"](heat, alpha=0.8 * heat, bytes=True)  # (S, S, 4)
     layer = Image.fromarray(colours).resize(image.size)
     image = image.copy()
@@ -1396,10 +1385,11 @@ def overlay(image, amap, threshold):
 def images_to_score(cfg):
     """What predict is to score: images that are named, and those in folders that are named. Raises
     UserError if there is none, or one that cannot be read."""
+    places = [Path(place) for place in cfg.paths]
     found = []
-    for place in map(Path, cfg.paths):
+    for place in places:
         found += files_in(place, "**/*") if place.is_dir() else [place]
-    samples = [Sample(path) for path in found if is_image(path) or str(path) in cfg.paths]
+    samples = [Sample(path) for path in found if is_image(path) or path in places]
     print(f"{len(samples)} images; {len(found) - len(samples)} files not used", file=sys.stderr)
     if not samples:
         raise UserError(f"no image to score in {', '.join(cfg.paths)}; name some")
@@ -1447,7 +1437,7 @@ def read_command_line(argv):
     if cfg.command == "train" and not cfg.resume:
         places = [HERE / "data" / name for name in ("mvtec", "visa", "demo")]
         data = cfg.data or str(next(filter(Path.is_dir, places), places[-1]))
-        demo = Path(data).resolve() == HERE / "data/demo"
+        demo = Path(data).resolve() == places[-1].resolve()
         defaults = Config(data=data, **DEMO if demo else {})
     else:
         path = Path(cfg.checkpoint or Path(cfg.out, "checkpoint.pt"))
@@ -1464,7 +1454,7 @@ def read_command_line(argv):
 
 
 def check_settings(cfg):
-    """Raises UserError for settings that would otherwise fail late, or not at all."""
+    """Raises UserError for settings that do not go together."""
     if (cfg.command == "predict") != bool(cfg.paths):
         raise UserError(f"{cfg.command}: name images after predict, and only there")
     if cfg.command == "train" and cfg.checkpoint and not cfg.resume:
@@ -1478,7 +1468,7 @@ def refuse_changes(cfg, defaults, free):
     """Raises UserError for a setting that is not free, and differs from the checkpoint's."""
     for name, value in vars(defaults).items():
         if name not in free.split() and getattr(cfg, name) != value:
-            raise UserError(f"--{name.replace('_', '-')}: the checkpoint has {value}; drop it")
+            raise UserError(f"--{name.replace('_', '-')}: the checkpoint has {value!r}; drop it")
 
 
 def choose_device(name):

@@ -365,8 +365,8 @@ def test_loss_and_map_of_revdist_are_cosine_distances():
 
 def test_blur_score_and_scale_of_pictures():
     """The blur has a sigma of 4 at 256 pixels and commutes with the alignment; the score is the
-    mean of the highest 1 %; a picture is clear up to half the threshold, and hottest from twice of
-    it on."""
+    mean of the highest 1 %; a picture is clear up to half the threshold, and hottest from 1.5
+    of it on."""
     point = torch.zeros(1, 256, 256)
     point[0, 128, 128] = 1
     profile = cada.smooth(point)[0].sum(0)
@@ -381,7 +381,7 @@ def test_blur_score_and_scale_of_pictures():
     ramp = torch.arange(200.0).reshape(1, 10, 20)
     assert cada.image_score(ramp).tolist() == [198.5]
     white = Image.new("RGB", (5, 1), "white")
-    colours = np.asarray(cada.overlay(white, torch.tensor([[0.0, 0.5, 1.25, 2, 9]]), 1.0))[0]
+    colours = np.asarray(cada.overlay(white, torch.tensor([[0, 0.5, 1, 1.5, 9]]), 1.0))[0]
     assert (colours[:2] == 255).all()
     assert (colours[2] < 255).any()
     assert (colours[3] == colours[4]).all()
@@ -584,7 +584,7 @@ def test_features_that_float16_cannot_hold(script, data):
     """They would be infinite, and the image's score no number: "not anomalous"."""
     detector = small_detector(script)
     block = "clip.visual.transformer.resblocks.0"
-    name = "layer1.0.bn1.weight" if script is cada else f"{block}.mlp.c_proj.weight"
+    name = "layers.1.0.bn1.weight" if script is cada else f"{block}.mlp.c_proj.weight"
     detector.teacher.get_parameter(name).mul_(1e9)
     detector.teacher.whitening = torch.nn.Identity()
     normal, _ = script.read_dataset(data)
@@ -769,16 +769,21 @@ WHITE = DISC.astype(np.uint8) * 255
 HALVES = DISC * np.where(np.arange(40) < 20, 64, 128).astype(np.uint8)  # in two shades
 
 
+PALETTE = Image.fromarray(np.dstack([HALVES, 0 * HALVES, 0 * HALVES])).quantize()
+
+
 @pytest.mark.parametrize("name, mask", [
     ("numbers.png", Image.fromarray(WHITE // 200)),
     ("lossy-16-bit.png", Image.fromarray(ndimage.gaussian_filter(WHITE * np.uint16(257), 2))),
     ("drawn-on-nothing.png", Image.fromarray(np.dstack([255 + 0 * WHITE] * 3 + [WHITE]))),
-    ("palette.png", Image.fromarray(np.dstack([HALVES, 0 * HALVES, 0 * HALVES])).quantize()),
+    ("palette.png", PALETTE),
+    ("palette-on-nothing.png", PALETTE),
     ("lossy.jpg", Image.fromarray(ndimage.gaussian_filter(WHITE, 2))),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_any_mask_is_read_as_black_and_white(name, mask, tmp_path):
     """Numbers, transparency, palettes, blur and JPEG are understood."""
-    mask.save(tmp_path / name)
+    more = {"transparency": mask.getpixel((0, 0))} if "palette-on" in name else {}
+    mask.save(tmp_path / name, **more)
     wrong = np.asarray(cada.load_mask(tmp_path / name)) != DISC
     error = 0.05 if name.startswith("lossy") else 0  # a share of the area
     assert wrong.sum() <= error * DISC.sum()
@@ -812,7 +817,7 @@ def test_reads_a_raw_visa_tree(visa, tmp_path, capsys):
     scale = {"thresholds": {"cada": 0.5}, "losses": {}}
     cfg = cada.Config(out=str(tmp_path))
     cada.report(cfg, test, 40, [("cada", maps)], "cada", scale)
-    assert "1 masks have no pixel left at 40 x 40" in capsys.readouterr().err
+    assert "1 masks are empty at 40 x 40" in capsys.readouterr().err
     found = results_of(tmp_path)["cada"]["pcb"]
     assert found["P-F1max"] == 1  # these pixels are marked and no others
     assert found["I-AUROC"] == 0.75  # of the two defects the second is as high as the good image
@@ -1254,7 +1259,7 @@ def test_every_command_of_the_readme_runs(data, tmp_path, monkeypatch, capsys):
     for name, text in commands:
         script = {"cada": cada, "cnc": cnc}[name]
         words = shlex.split(text, comments=True)
-        if not {"eval", "predict", "--resume"} & set(words):
+        if not {"eval", "predict", "--resume", "--cnc"} & set(words):
             words += FLAGS[script]
         assert run(script, *words) == 0, text
     assert "overlay" in capsys.readouterr().out
@@ -1322,7 +1327,8 @@ BAD_COMMAND_LINES = [  # (script, command line, what the message must say)
     (cada, "--resume --checkpoint {cada} --batch-size 3", "--batch-size: the checkpoint"),
     (cada, "--resume --checkpoint {cada} --iters 1 --data {data}", "trained for longer"),
     (cada, "--cnc {cnc} --data {data} --iters 7", "--iters: the checkpoint has 8"),
-    (cada, "--cnc {cnc} --data {data} --teacher resnet50", "--teacher: the checkpoint has tiny"),
+    (cada, "--cnc {cnc} --data {data} --teacher resnet50", "--teacher: the checkpoint has 'tiny'"),
+    (cada, "--cnc {tmp}/out/cnc.pt --data {data}", "--out: give another folder than CNC's"),
     (cada, "eval --checkpoint {old}", "another version wrote it"),
     (cada, "eval --checkpoint {part} --data {data}", "the checkpoint is of another version"),
     (cada, "predict {other} nowhere --checkpoint {cada}", "cannot read image nowhere"),
@@ -1359,7 +1365,9 @@ def test_bad_command_lines(script, text, says, data, trained, tmp_path, on_meta,
     part = checkpoint_of(trained[cada].out)
     part["weights"]["student"].popitem()
     torch.save(part, tmp_path / "part.pt")
-    places = {path.stem: path for path in tmp_path.iterdir()}
+    places = {path.stem: path for path in tmp_path.iterdir()} | {"tmp": tmp_path}
+    (tmp_path / "out").mkdir()
+    shutil.copy(trained[cnc].checkpoint, tmp_path / "out/cnc.pt")
     places |= {"data": data, "other": data / "a", "cada": trained[cada].checkpoint,
                "cnc": trained[cnc].checkpoint, "train": f"--data {data} {' '.join(FLAGS[script])}"}
     words = text.format(**places).split()
