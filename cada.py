@@ -93,11 +93,7 @@ class UserError(Exception):
 
 def half_precision(x, dtype):
     """A context in which matrix products and convolutions run in `dtype`, float16 or bfloat16, if x
-    is on a GPU that can. [ours] D11
-
-    Elsewhere it does nothing: not every CPU has a fast half precision, and a V100 only emulates
-    bfloat16.
-    """
+    is on a GPU that can (a V100 only emulates bfloat16). Elsewhere it does nothing. [ours] D11"""
     able = dtype == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast("cuda", dtype, enabled=x.is_cuda and able)
 # ==== end shared
@@ -1258,9 +1254,8 @@ def summarise(scores, labels, classes, maps, masks):
     scores, labels and classes (N,), and from maps and bool masks (N, S, S).
 
     pooled: all classes in one ranking, as one threshold sees them (absolute-unified).
-    class mean: a ranking per class, then the unweighted mean (model-unified), which allows each
-    class a threshold of its own, so that a difference in level costs nothing. A class without good
-    or without defective images has no such metric, and does not count.
+    class mean: a ranking per class, then the unweighted mean (model-unified), in which differences
+    in level cost nothing. A class with one kind of images has no such metric, and does not count.
     """
     def metrics(rows):
         of_images = ranking_metrics("I", scores[rows], labels[rows] == 1)
@@ -1281,11 +1276,8 @@ def summarise(scores, labels, classes, maps, masks):
 # ==== shared: report and predictions
 def report(cfg, samples, size, variants, decides, checkpoint):
     """Print and write how well the maps of some variants tell good from defective samples. Returns
-    image scores (N,) by variant.
-
-    variants: an iterable of pairs, a name and maps (N, size, size), so that few maps are in memory
-    at once; `decides` names the one whose threshold flags images.
-    """
+    image scores (N,) by variant. variants: pairs of a name and maps (N, size, size), made as they
+    are needed, since maps are large; `decides` names the one whose threshold flags images."""
     thresholds = checkpoint["thresholds"]
     classes = np.array([s.cls for s in samples])
     labels = np.array([s.label for s in samples])
@@ -1461,7 +1453,7 @@ def choose_device(name):
         raise UserError("--device cuda: PyTorch finds no GPU; take --device auto")
     if name == "cpu" or not found:
         return torch.device("cpu")
-    torch.cuda.set_device(LOCAL_RANK % torch.cuda.device_count())
+    torch.cuda.set_device(LOCAL_RANK)
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
     return torch.device("cuda")
 

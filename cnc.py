@@ -105,11 +105,7 @@ class UserError(Exception):
 
 def half_precision(x, dtype):
     """A context in which matrix products and convolutions run in `dtype`, float16 or bfloat16, if x
-    is on a GPU that can. [ours] D11
-
-    Elsewhere it does nothing: not every CPU has a fast half precision, and a V100 only emulates
-    bfloat16.
-    """
+    is on a GPU that can (a V100 only emulates bfloat16). Elsewhere it does nothing. [ours] D11"""
     able = dtype == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast("cuda", dtype, enabled=x.is_cuda and able)
 # ==== end shared
@@ -248,7 +244,7 @@ class PromptLearner(nn.Module):
 
     # It is "a object" because both sentences share their context.
     SENTENCES = ("a photo of a object.", "a photo of a damaged object.")
-    N_CTX = 4  # "a photo of a": a token each
+    CONTEXT = slice(1, 5)  # "a photo of a", a token each, after the token of the start
 
     def __init__(self, clip, tokenizer):
         super().__init__()
@@ -256,13 +252,13 @@ class PromptLearner(nn.Module):
         embeddings = clip.token_embedding(ids).detach()  # (2, length, dim)
         self.register_buffer("ids", ids)
         self.register_buffer("embeddings", embeddings)
-        self.ctx = nn.Parameter(embeddings[0, 1:1 + self.N_CTX].repeat(TAPS, 1, 1))
+        self.ctx = nn.Parameter(embeddings[0, self.CONTEXT].repeat(TAPS, 1, 1))
         start = encode_prompts(clip, embeddings, ids).detach()  # (2, D)
         self.register_buffer("start", start.repeat(TAPS, 1, 1))
 
     def forward(self, clip):
         embeddings = self.embeddings.repeat(TAPS, 1, 1, 1)  # a copy, (taps, 2, length, dim)
-        embeddings[:, :, 1:1 + self.N_CTX] = self.ctx[:, None]
+        embeddings[:, :, self.CONTEXT] = self.ctx[:, None]
         text = encode_prompts(clip, embeddings.flatten(0, 1), self.ids.repeat(TAPS, 1))
         return text.unflatten(0, (TAPS, 2))
 
@@ -809,7 +805,7 @@ def report_text(cfg, detector, samples):
     # A patch is defective if a part of it is.
     defective = F.max_pool2d(masks, detector.size // detector.teacher.grid)
     if not defective.any():
-        defective = torch.tensor([float(s.label) for s in samples])
+        defective = torch.tensor([s.label for s in samples]).float()
         margins = margins.amin(2)
     if 0 < defective.mean() < 1:
         found = [f"{100 * roc_auc_score(defective.ravel(), -m.ravel()):.1f}" for m in margins]
@@ -1276,9 +1272,8 @@ def summarise(scores, labels, classes, maps, masks):
     scores, labels and classes (N,), and from maps and bool masks (N, S, S).
 
     pooled: all classes in one ranking, as one threshold sees them (absolute-unified).
-    class mean: a ranking per class, then the unweighted mean (model-unified), which allows each
-    class a threshold of its own, so that a difference in level costs nothing. A class without good
-    or without defective images has no such metric, and does not count.
+    class mean: a ranking per class, then the unweighted mean (model-unified), in which differences
+    in level cost nothing. A class with one kind of images has no such metric, and does not count.
     """
     def metrics(rows):
         of_images = ranking_metrics("I", scores[rows], labels[rows] == 1)
@@ -1299,11 +1294,8 @@ def summarise(scores, labels, classes, maps, masks):
 # ==== shared: report and predictions
 def report(cfg, samples, size, variants, decides, checkpoint):
     """Print and write how well the maps of some variants tell good from defective samples. Returns
-    image scores (N,) by variant.
-
-    variants: an iterable of pairs, a name and maps (N, size, size), so that few maps are in memory
-    at once; `decides` names the one whose threshold flags images.
-    """
+    image scores (N,) by variant. variants: pairs of a name and maps (N, size, size), made as they
+    are needed, since maps are large; `decides` names the one whose threshold flags images."""
     thresholds = checkpoint["thresholds"]
     classes = np.array([s.cls for s in samples])
     labels = np.array([s.label for s in samples])
@@ -1479,7 +1471,7 @@ def choose_device(name):
         raise UserError("--device cuda: PyTorch finds no GPU; take --device auto")
     if name == "cpu" or not found:
         return torch.device("cpu")
-    torch.cuda.set_device(LOCAL_RANK % torch.cuda.device_count())
+    torch.cuda.set_device(LOCAL_RANK)
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
     return torch.device("cuda")
 
