@@ -36,9 +36,9 @@ From paper to code:
     anomaly map A [author]                       RevDist.describe
     prediction of (u, gamma) [paper]             fit_regression, CADA.regress; form: [ours] D5
     alignment A' [author]                        align
-    levels, beyond the paper [ours] D6           find_levels, CADA
+    snapping to levels, not the paper's          find_levels, CADA; [ours] D6
     Fig. 4(a), labels known: row "oracle"        calibrate, aligned_maps; [ours] D7
-    absolute-unified evaluation [paper]          the rows "pooled" of the table
+    absolute-unified evaluation [paper]          the rows "pooled" of the printed table
 
 Read it from the top: first the method, in the order in which an image passes through it, then
 training and evaluation. The appendix reads files and writes results. Sections between `shared`
@@ -112,7 +112,7 @@ class Config:
     """
 
     teacher: str = "wide_resnet50_2"  # frozen ResNet of torchvision's; this one is RD's
-    weights: str = "IMAGENET1K_V1"  # of the teacher: torchvision tag, file, or none: random
+    weights: str = "IMAGENET1K_V1"  # of the teacher: a torchvision tag, a file, or none (random)
     # sides in pixels of the square that images are squashed to, a multiple of 32; 256 is RD's
     image_size: int = 256
     batch_size: int = 16  # images a training step [author], of all processes of torchrun together
@@ -131,7 +131,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one, else the CPU
     # share of the training images that is kept back for the threshold; 0: none [ours] D9
     holdout: float = 0.1
-    # compute the teacher's features of the training images once, into an unnamed file in --out;
+    # compute the teacher's features of the training images once, into unnamed files in --out;
     # --no-cache computes them anew in every step [ours] D2
     cache: bool = True
     workers: int = min(4, os.cpu_count() or 1)  # processes that read images
@@ -289,8 +289,8 @@ class RevDist(nn.Module):
     def decode(self, features):
         """Teacher features -> the same, e, and the student's answer, d. Both are float32, because
         1 - cosine of nearly equal vectors would lose its digits in half precision."""
-        # One memory layout, cuDNN's own, for features from the cache and from the teacher, because
-        # the layout decides how a convolution rounds.
+        # One memory layout, cuDNN's own, for features from the cache and from the teacher: the
+        # layout decides how a convolution rounds, and both should give the same.
         encoded = [f.float().contiguous(memory_format=torch.channels_last) for f in features]
         with half_precision(features[0], torch.bfloat16):
             decoded = self.student(encoded)
@@ -340,7 +340,7 @@ def map_statistics(maps):
     """(N, H, W) -> (N, 2): u, the mean, and gamma, the maximum, of each single map. [ours] D5
     gamma lies above u even for a map without contrast: alignment divides by their difference."""
     u = maps.mean((1, 2))
-    least = u + 1e-6 * u.abs().clamp(min=1)  # 1e-6 above u; more where float32 would lose that
+    least = u + 1e-6 * u.abs().clamp(min=1e-9)  # a millionth above u, which float32 still sees
     gamma = maps.amax((1, 2)).maximum(least)
     return torch.stack([u, gamma], dim=1)
 
@@ -354,7 +354,7 @@ def log_statistics(statistics):
     u, gamma = statistics.unbind(1)
     values = torch.stack([u, gamma - u], dim=1)
     least = values.median(0).values / 1000
-    return values.maximum(least.clamp(min=1e-9)).log()
+    return values.maximum(least.clamp(min=1e-30)).log()
 
 
 def direction(features, mean, std):
@@ -401,12 +401,13 @@ def align(maps, u, gamma):
 #
 # The regression learns in rounds. In the first its targets are the images' own statistics; after
 # it they are the medians of the levels, which pulls the images of a level together. Pooled I-AUROC
-# by the regression alone, after two rounds and after five: 59.8, 63.6, 68.8 on ELPV, two classes of
-# photographs, with maps scaled apart; 65.9, 71.2, 70.6 in the README's "CADA on your own detector".
+# after one round (the regression alone), two and five: 59.8, 63.6, 68.8 on ELPV (photographs; we
+# scaled the maps of its two classes apart), 65.9, 71.2, 70.6 in the README's "CADA on your own
+# detector".
 
 # These were chosen by trial, on a few small sets, by their test labels (see the README). [ours] D6
 ROUNDS = 5  # of regressions
-WITHIN = 0.5**2  # levels merge until images lie half an error (rms) from their level's mean
+WITHIN = 0.5**2  # levels merge while images lie half an error, rms, from their mean (find_levels)
 LEAST_ERROR = 0.01  # a smaller error, of a logarithm, counts as this one: 1 % is good enough
 COMPONENTS = 256  # principal components of the directions that the regression reads [ours] D5
 MOST_IMAGES = 4000  # that CADA learns from; Ward's method stores the distance of every pair
@@ -530,7 +531,7 @@ def image_score(maps):
 
 def conformal_threshold(scores, quantile=0.99):
     """The ceil((n + 1) quantile)-th smallest of the scores (n,) of normal images, or the largest if
-    there are fewer. [ours] D9 A new normal image like these lies above it with a probability of at
+    n is below that. [ours] D9 A new normal image like these lies above it with a probability of at
     most 1 - quantile, if n is large enough (99 for 0.99) and nothing has learned from these n. (In
     cada.py CADA has learned from them, which weakens the promise a little.)"""
     n = len(scores)
@@ -550,23 +551,22 @@ def hold_out(cfg, samples, checkpoint):
 
     Raises UserError if the checkpoint was trained on other images, perhaps on some kept back now.
     """
-    kept = held = list(range(len(samples)))
+    used = held = list(range(len(samples)))
     if cfg.holdout > 0:
-        kept, held = train_test_split(kept, test_size=cfg.holdout, random_state=cfg.seed)
-    if checkpoint and checkpoint["images"] != [samples[i].name for i in kept]:
+        used, held = train_test_split(used, test_size=cfg.holdout, random_state=cfg.seed)
+    if checkpoint and checkpoint["images"] != [samples[i].name for i in used]:
         raise UserError(f"--data {cfg.data}: not the images of the checkpoint; give its --data")
-    if len(held) < 99:
-        print(f"threshold: the highest score of {len(held)} normal images, which is few; expect "
-              "more than 1 % of false alarms", file=sys.stderr)
-    return kept, held
+    print(f"threshold: from {len(held)} normal images; a good one takes 99 or more, which are kept "
+          "back", file=sys.stderr)
+    return used, held
 
 
 def shuffled_batches(cfg, n, steps):
     """The batches of a whole training run, lists of indices below n, epoch after epoch. They follow
     from the settings and the number of processes, so a resumed run goes on with the same ones."""
     size = cfg.batch_size // WORLD_SIZE  # WORLD_SIZE: the number of torchrun's processes, or 1
-    # Each process (RANK says which) draws an order of its own: with --holdout 0 the i-th images of
-    # all shares, samples[RANK::WORLD_SIZE], are neighbours, often of one class.
+    # Each process (RANK says which) draws an order of its own. In one order for all, the i-th
+    # images of the shares samples[RANK::WORLD_SIZE] would meet, neighbours and often of one class.
     generator = torch.Generator().manual_seed(cfg.seed + RANK)
     epochs = math.ceil(steps * size / n)  # a batch may reach into the next epoch
     order = torch.cat([torch.randperm(n, generator=generator) for _ in range(epochs)])
@@ -574,13 +574,13 @@ def shuffled_batches(cfg, n, steps):
 
 
 def image_features(cfg, detector, samples, batches=None):
-    """Yield the teacher's features of what `image_batches` yields. Raises UserError if they are not
-    finite."""
+    """Yield the teacher's features of these batches of indices, or of all samples in order. Raises
+    UserError if they are not finite."""
     for x in image_batches(cfg, detector, samples, batches):
         features = detector.teacher(x)
         if not all(f.isfinite().all() for f in features):
             raise UserError(f"--teacher {cfg.teacher} --weights {cfg.weights}: its features do not "
-                            "fit float16, or are no numbers; take other weights")
+                            "fit float16, or are not numbers; take other weights")
         yield features
 
 
@@ -598,8 +598,9 @@ def training_features(cfg, detector, samples, batches):
     files = [tempfile.TemporaryFile(dir=cfg.out) for _ in range(3)]
     for features in image_features(cfg, detector, samples):
         for file, f in zip(files, features):
-            file.write(f.cpu().contiguous().numpy())  # a full disk is an error; if mapped, a crash
-    device = features[0].device
+            # write() raises an error if the disk is full; a mapped file would crash
+            file.write(f.cpu().contiguous().numpy())
+    device = features[0].device  # as of all batches
     stored = [np.memmap(file, np.float16, "r", shape=(len(samples), *f.shape[1:]))
               for file, f in zip(files, features)]
     for batch in batches:
@@ -639,8 +640,8 @@ def train(cfg, detector, samples, checkpoint):
     checkpoint.
 
     Only the student learns. All classes are mixed in every batch, and nobody tells it which image
-    is of which (model-unified). There is no validation and no best step, which only test images
-    could choose: the last step counts.
+    is of which (model-unified). There is no validation and no choice of a best step, which only
+    test images would allow: the last step counts.
     """
     start, losses = first_step(cfg, checkpoint, cfg.iters)
     if start == cfg.iters:  # trained already
@@ -695,9 +696,9 @@ def calibrate(cfg, detector, normal, held):
     """Fit CADA to a trained detector, and take the thresholds from the normal images that were kept
     back; `held` has their indices. Returns what the checkpoint keeps of it.
 
-    CADA is fitted on all normal images. From the training images alone it would know only maps that
-    are too low, since the detector knows these images. The price: an image that was kept back has
-    moved its own level a little, more in a small class, which weakens the threshold's promise.
+    CADA is fitted on all normal images, so that it sees maps of images that the detector does not
+    know, too. The price: an image that was kept back has moved its own level a little, more in a
+    small class, which weakens the threshold's promise.
     """
     # Three small things are kept of each map: all maps of VisA would take gigabytes.
     parts = [(pooled, map_statistics(maps), image_score(smooth(maps)))
@@ -710,7 +711,7 @@ def calibrate(cfg, detector, normal, held):
     names, classes = np.unique([s.cls for s in normal], return_inverse=True)
     oracle = dict(zip(names.tolist(), medians(statistics, classes)))
 
-    # A score is aligned like a pixel, since A' grows with A: the highest 1 % stay the highest.
+    # A score, the mean of the highest 1 %, is aligned like a pixel: these stay the highest.
     u, gamma = cada.predict(features[held])
     aligned = (raw[held] - u) / (gamma - u)
     thresholds = {"raw": conformal_threshold(raw[held]), "cada": conformal_threshold(aligned)}
@@ -771,8 +772,8 @@ def run(argv):
     detector = build(cfg, checkpoint)
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     if cfg.command == "train":
-        kept, held = hold_out(cfg, normal, checkpoint)
-        samples = [normal[i] for i in kept]
+        used, held = hold_out(cfg, normal, checkpoint)
+        samples = [normal[i] for i in used]
         if not cfg.cnc:
             checkpoint = train(cfg, detector, samples, checkpoint)
         if RANK > 0:  # of torchrun's processes only the first evaluates and writes
@@ -790,8 +791,8 @@ def run(argv):
 
 # Written into checkpoints. Whoever changes what they hold changes this name, too.
 WRITER = "cada.py 2"
-# The settings of a checkpoint stay as they are, and another value is an error, but for these, by
-# command. (To train with a checkpoint is to --resume; "cnc": with a checkpoint of cnc.py.)
+# By command, the settings that may differ from a checkpoint's. (To train with a checkpoint is to
+# --resume; "cnc" is to train with --cnc.)
 FREE = {"train": "command checkpoint out weights device workers resume data cache iters lr",
         "eval": "command checkpoint out weights device workers data batch_size",
         "predict": "command checkpoint out weights device workers paths batch_size",
@@ -800,6 +801,8 @@ FREE = {"train": "command checkpoint out weights device workers resume data cach
 
 def check_method(cfg):
     """Raises UserError for settings that RevDist cannot have."""
+    if cfg.iters < 1:
+        raise UserError("--iters: give at least 1")
     if cfg.image_size % 32 and not cfg.cnc:
         raise UserError("--image-size: give a multiple of 32, such as 256")
 
@@ -855,13 +858,13 @@ def plot_distributions(cfg, samples, scores, thresholds):
 
 
 def adopt_cnc(cfg, argv):
-    """The checkpoint of cnc.py that --cnc names, made into the beginning of one of ours, and the
-    settings, of which those of the detector and of the images kept back are CNC's. Raises UserError
-    for a flag that contradicts these, and if there is no such checkpoint, or no finished one."""
-    import cnc  # only here and below: to read and run RevDist, this file is enough
+    """The settings, with CNC's for the detector and for the images kept back, and the checkpoint of
+    cnc.py that --cnc names, to which `calibrate` then adds. Raises UserError for a flag that
+    differs from CNC's, and if there is no such checkpoint, or no finished one."""
+    import cnc  # for --cnc alone: to read and run RevDist, this file is enough
     checkpoint = read_checkpoint(cfg.cnc, cnc.WRITER)
     if not checkpoint["thresholds"]:
-        raise UserError(f"--cnc {cfg.cnc}: its training has not finished; --resume it by cnc.py")
+        raise UserError(f"--cnc {cfg.cnc}: its training has not finished; --resume it with cnc.py")
     checkpoint["cnc"] = checkpoint["config"]
     checkpoint["optimizer"] = None  # CNC learns no more
 
@@ -873,7 +876,7 @@ def adopt_cnc(cfg, argv):
     refuse_changes(cfg, defaults, FREE["cnc"])
     if Path(cfg.out).resolve() == Path(cfg.cnc).resolve().parent:
         raise UserError("--out: give another folder than CNC's, whose checkpoint would be lost")
-    first_step(cfg, None, 0)  # says what --out holds
+    first_step(cfg, None, 0)  # warns if --out holds another training
     return cfg, checkpoint
 
 
@@ -898,7 +901,7 @@ def first_step(cfg, checkpoint, steps):
     done = checkpoint["step"]
     print(f"--resume: seed {cfg.seed}, step {done} of {steps}", file=sys.stderr)
     if done > steps:
-        raise UserError("--resume: trained for longer already; give more of them")
+        raise UserError("--resume: trained for longer already; give a larger --iters or --epochs")
     return done, checkpoint["losses"]
 
 
@@ -913,7 +916,7 @@ def save_checkpoint(cfg, detector, checkpoint):
     not finite, and if the file cannot be written. A checkpoint is a dict of tensors and the like:
 
         writer, config     who wrote it, with which settings
-        weights            a state_dict for each part of the detector, without a trained teacher
+        weights            a state_dict for each part of the detector, but for a trained teacher
         fingerprint        of the teacher
         images             class and file name of each image that it was trained on
         step, optimizer    to go on from
@@ -1005,8 +1008,8 @@ class Sample:
 
 
 def files_in(folder, pattern):
-    """The files that match, in name order, without hidden ones. A * follows links to folders, and
-    ** does not."""
+    """The files that match, in name order, without hidden ones. In a pattern * follows links to
+    folders, and ** does not."""
     return [path for path in sorted(folder.glob(pattern))
             if path.is_file() and "/." not in f"/{path.relative_to(folder).as_posix()}"]
 
@@ -1038,7 +1041,7 @@ def read_dataset(root, training=True):
     print(f"{root}: {len(train)} training and {len(test)} test images, "
           f"{sum(s.label for s in test)} of them defective, {len(masks)} masks; "
           f"{len(unused)} files not used", *unused[:1], file=sys.stderr)
-    for path in unused:  # else the metrics of pixels would be missing, and nobody would notice
+    for path in unused:  # else a misplaced mask would be ignored, and nobody would notice
         if "ground_truth" in path.relative_to(root).parts and is_image(path):
             raise UserError(f"{path}: not the mask of a test image; see data/README.md")
     return train, test
@@ -1131,7 +1134,7 @@ def open_image(path):
     if several or image.mode in ("I", "F"):
         raise UserError(f"{path}: several frames, or 32 bits a pixel; save one image of 8 bits")
 
-    if image.mode.startswith("I;16"):  # convert() would clip it; small numbers stay above 0
+    if image.mode.startswith("I;16"):  # convert() would clip; ceil keeps small numbers
         image = Image.fromarray(np.ceil(np.asarray(image) / 257).astype(np.uint8))
     if image.has_transparency_data:
         black = Image.new("RGBA", image.size, "black")
@@ -1392,10 +1395,10 @@ HERE = Path(__file__).resolve().parent
 # torchrun says which of its processes this is, and of how many. Clusters set the same variables for
 # other purposes, so they count only under torchrun.
 UNDER_TORCHRUN = distributed.is_torchelastic_launched()
-place = os.environ if UNDER_TORCHRUN else {}
-RANK = int(place.get("RANK", 0))
-LOCAL_RANK = int(place.get("LOCAL_RANK", 0))  # of the processes on this machine
-WORLD_SIZE = int(place.get("WORLD_SIZE", 1))
+ENVIRONMENT = os.environ if UNDER_TORCHRUN else {}
+RANK = int(ENVIRONMENT.get("RANK", 0))
+LOCAL_RANK = int(ENVIRONMENT.get("LOCAL_RANK", 0))  # of the processes on this machine
+WORLD_SIZE = int(ENVIRONMENT.get("WORLD_SIZE", 1))
 
 
 def read_command_line(argv):
@@ -1435,6 +1438,8 @@ def check_settings(cfg):
         raise UserError("--checkpoint: is for eval, predict and --resume")
     if UNDER_TORCHRUN and (cfg.command != "train" or cfg.batch_size % WORLD_SIZE):
         raise UserError(f"torchrun: is for training, --batch-size a multiple of {WORLD_SIZE}")
+    if not 0 <= cfg.holdout < 1:
+        raise UserError("--holdout: give 0 or more, but less than 1")
     check_method(cfg)
 
 

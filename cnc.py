@@ -124,8 +124,9 @@ class Config:
 
     # frozen CLIP [paper]: a ViT of open_clip's, or tiny, a small one built here [ours] D1
     teacher: str = "ViT-L-14-336-quickgelu"
-    # of the teacher [paper]: open_clip tag; file of a state_dict (OpenAI's own files, TorchScript
-    # archives, are refused); or none: random. OpenAI's want a teacher that ends in -quickgelu
+    # of the teacher [paper]: an open_clip tag, a file of a state_dict (OpenAI's TorchScript
+    # archives are refused), or none (random). OpenAI's weights need a teacher that ends in
+    # -quickgelu
     weights: str = "openai"
     # sides in pixels of the square [paper], a multiple of the teacher's patch; give 128 for tiny.
     # Images that are not square are squashed [ours] D3
@@ -151,7 +152,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one, else the CPU
     # share of the training images that is kept back for the threshold; 0: none [ours] D9
     holdout: float = 0.1
-    # compute the teacher's features of the training images once, into an unnamed file in --out;
+    # compute the teacher's features of the training images once, into unnamed files in --out;
     # --no-cache computes them anew in every step [ours] D2
     cache: bool = True
     workers: int = min(4, os.cpu_count() or 1)  # processes that read images
@@ -234,15 +235,16 @@ class PromptLearner(nn.Module):
         normal    [V1] [V2] [V3] [V4] object.
         abnormal  [V1] [V2] [V3] [V4] damaged object.
 
-    `ctx` (taps, 4, dim) holds the V, vectors in the place of word embeddings, which start as "a
-    photo of a". Nothing but the word "damaged" tells the two sentences apart: a one-class loss lets
-    two free contexts drift to where their difference says nothing about defects.
+    `ctx` (taps, 4, dim) holds [V1]..[V4], vectors in the place of word embeddings, at first those
+    of "a photo of a". Nothing but the word "damaged" tells the two sentences apart, because a
+    one-class loss lets two free contexts drift to where their difference says nothing about
+    defects.
 
-    forward: a CLIP -> (taps, 2, D), unit vectors t_n and t_a for each tap. `start` is what they
-    were before any learning. The CLIP is not stored here: it belongs to the teacher.
+    forward: a CLIP -> (taps, 2, D), unit vectors t_n and t_a for each tap; `start`: these before
+    any learning. The CLIP is not stored here, since it belongs to the teacher.
     """
 
-    # It is "a object" because both sentences share their context.
+    # "a object", because both sentences share their context.
     SENTENCES = ("a photo of a object.", "a photo of a damaged object.")
     CONTEXT = slice(1, 5)  # "a photo of a", a token each, after the token of the start
 
@@ -264,8 +266,8 @@ class PromptLearner(nn.Module):
 
 
 def encode_prompts(clip, embeddings, ids):
-    """CLIP's frozen text tower, from its token embeddings on: (n, length, dim), and the tokens
-    ids (n, length) -> unit vectors (n, D)."""
+    """CLIP's frozen text tower after its embedding layer: embeddings (n, length, dim) and their
+    token numbers ids (n, length) -> unit vectors (n, D)."""
     x = clip.transformer(embeddings + clip.positional_embedding, attn_mask=clip.attn_mask)
     x = clip.ln_final(x)  # (n, length, dim)
     # The mask lets a token read those before it, so only the end token has read the sentence. Its
@@ -282,7 +284,7 @@ def encode_prompts(clip, embeddings, ids):
 class GatedMoE(nn.Module):
     """Each token goes through the top_k of num_experts that the gate scores highest. [paper]
 
-    forward: (B, N, dim) -> y (B, N, dim) and the balance loss, a scalar.
+    forward: (B, 1 + N, dim) -> y (B, 1 + N, dim) and the balance loss, a scalar.
     y = sum over the chosen experts k of w_k expert_k(x), w = softmax of their gate scores. [port]
     """
 
@@ -297,8 +299,8 @@ class GatedMoE(nn.Module):
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):  # bf16 would change some choices
-            scores = self.gate(x.float())  # (B, N, experts)
-        top, chosen = scores.topk(self.top_k, dim=-1)  # (B, N, top_k) each
+            scores = self.gate(x.float())  # (B, 1 + N, experts)
+        top, chosen = scores.topk(self.top_k, dim=-1)  # (B, 1 + N, top_k) each
         # A weight for each expert: they add up to 1 over the chosen ones, and the others have 0.
         weights = torch.zeros_like(scores).scatter(-1, chosen, top.softmax(-1))
 
@@ -380,8 +382,8 @@ class NormalStatistics(nn.Module):
     """What the tokens of normal images have in common, tap by tap: taken once from training images,
     before the training, and fixed from then on. [ours] D21
 
-    Vectors of a trained CLIP share a large mean (arXiv:2411.14517), its tokens perhaps, too, and a
-    few channels may be huge in all of them. Then any two are alike by a cosine, a decoder that
+    The vectors of a trained CLIP share a large mean (arXiv:2411.14517), and perhaps its tokens do;
+    a few channels may be huge in all tokens. Then the cosine of any two is near 1, a decoder that
     always gives the same answer is nearly right, and a margin says nothing. So the student reads
     and answers *standardised* tokens, and patches are *centred* in the joint space: without the
     promotion the loss of a decoder that knows nothing is 1, of one that knows all 0. And no
@@ -396,7 +398,7 @@ class NormalStatistics(nn.Module):
         self.register_buffer("centre", torch.zeros(TAPS, 1, 1, joint_width))  # mean of P(e)
         self.register_buffer("shrink", torch.eye(joint_width).repeat(TAPS, 1, 1, 1))
         # Standard deviation of the margins of patches, with the prompts as they start, because what
-        # a margin of 0.05 means differs between taps and CLIPs. (Their mean is nearly 0 by now.)
+        # a margin of 0.05 means differs between taps and CLIPs. (Centred, their mean is nearly 0.)
         self.register_buffer("margin_std", torch.ones(TAPS, 1, 1))
 
 
@@ -449,7 +451,8 @@ class CNC(nn.Module):
         normal.centre = joint.mean((1, 2), keepdim=True)
         values, vectors = spectrum(joint)
         excess = (values / values.mean(1, keepdim=True) / 8).clamp(min=1)  # (taps, D)
-        normal.shrink = (vectors * excess.rsqrt()[:, None] @ vectors.mT)[:, None]  # (taps, 1, D, D)
+        shrink = (vectors * excess.rsqrt()[:, None]) @ vectors.mT  # (taps, D, D)
+        normal.shrink = shrink[:, None]
 
         margins = margin(self.patches(tokens), self.text())
         normal.margin_std = margins.std((1, 2), keepdim=True) + 1e-6
@@ -491,7 +494,7 @@ class CNC(nn.Module):
 
     def constraint(self, v, text, slack):
         """The cross-modal normality constraint on patches v (taps, B, N, D), a scalar: tau times
-        the cross entropy of softmax(cosines to t_n and t_a / tau) with the label "normal". That it
+        the cross entropy of softmax(cosines to both texts / tau) with the label "normal". That it
         exists and the value of tau are [paper], its form is [ours] D17.
 
         t_n gets a bonus of `slack` standard deviations. At tau = 0.001 the loss is nearly a hinge:
@@ -504,8 +507,8 @@ class CNC(nn.Module):
         return -self.cfg.tau * logits.log_softmax(dim=-1)[..., 0].mean()
 
     def prompt_loss(self, e, text):
-        """What the prompts learn from encoded normal patches: to lift every margin below 0, the
-        average. |text - start|^2, the distance to the words that they started as, holds them back:
+        """What the prompts learn from encoded normal patches: to lift every margin that is below 0,
+        the average. |text - start|^2, the distance of t_n and t_a to their start, holds them back:
         else t_a would move away from all normal patches and lose its meaning. [ours] D13"""
         drift = (text - self.prompts.start).square().sum((1, 2)).mean()
         return self.constraint(e, text, slack=0.0) + drift
@@ -579,7 +582,7 @@ def image_score(maps):
 
 def conformal_threshold(scores, quantile=0.99):
     """The ceil((n + 1) quantile)-th smallest of the scores (n,) of normal images, or the largest if
-    there are fewer. [ours] D9 A new normal image like these lies above it with a probability of at
+    n is below that. [ours] D9 A new normal image like these lies above it with a probability of at
     most 1 - quantile, if n is large enough (99 for 0.99) and nothing has learned from these n. (In
     cada.py CADA has learned from them, which weakens the promise a little.)"""
     n = len(scores)
@@ -599,23 +602,22 @@ def hold_out(cfg, samples, checkpoint):
 
     Raises UserError if the checkpoint was trained on other images, perhaps on some kept back now.
     """
-    kept = held = list(range(len(samples)))
+    used = held = list(range(len(samples)))
     if cfg.holdout > 0:
-        kept, held = train_test_split(kept, test_size=cfg.holdout, random_state=cfg.seed)
-    if checkpoint and checkpoint["images"] != [samples[i].name for i in kept]:
+        used, held = train_test_split(used, test_size=cfg.holdout, random_state=cfg.seed)
+    if checkpoint and checkpoint["images"] != [samples[i].name for i in used]:
         raise UserError(f"--data {cfg.data}: not the images of the checkpoint; give its --data")
-    if len(held) < 99:
-        print(f"threshold: the highest score of {len(held)} normal images, which is few; expect "
-              "more than 1 % of false alarms", file=sys.stderr)
-    return kept, held
+    print(f"threshold: from {len(held)} normal images; a good one takes 99 or more, which are kept "
+          "back", file=sys.stderr)
+    return used, held
 
 
 def shuffled_batches(cfg, n, steps):
     """The batches of a whole training run, lists of indices below n, epoch after epoch. They follow
     from the settings and the number of processes, so a resumed run goes on with the same ones."""
     size = cfg.batch_size // WORLD_SIZE  # WORLD_SIZE: the number of torchrun's processes, or 1
-    # Each process (RANK says which) draws an order of its own: with --holdout 0 the i-th images of
-    # all shares, samples[RANK::WORLD_SIZE], are neighbours, often of one class.
+    # Each process (RANK says which) draws an order of its own. In one order for all, the i-th
+    # images of the shares samples[RANK::WORLD_SIZE] would meet, neighbours and often of one class.
     generator = torch.Generator().manual_seed(cfg.seed + RANK)
     epochs = math.ceil(steps * size / n)  # a batch may reach into the next epoch
     order = torch.cat([torch.randperm(n, generator=generator) for _ in range(epochs)])
@@ -623,13 +625,13 @@ def shuffled_batches(cfg, n, steps):
 
 
 def image_features(cfg, detector, samples, batches=None):
-    """Yield the teacher's features of what `image_batches` yields. Raises UserError if they are not
-    finite."""
+    """Yield the teacher's features of these batches of indices, or of all samples in order. Raises
+    UserError if they are not finite."""
     for x in image_batches(cfg, detector, samples, batches):
         features = detector.teacher(x)
         if not all(f.isfinite().all() for f in features):
             raise UserError(f"--teacher {cfg.teacher} --weights {cfg.weights}: its features do not "
-                            "fit float16, or are no numbers; take other weights")
+                            "fit float16, or are not numbers; take other weights")
         yield features
 
 
@@ -647,8 +649,9 @@ def training_features(cfg, detector, samples, batches):
     files = [tempfile.TemporaryFile(dir=cfg.out) for _ in range(3)]
     for features in image_features(cfg, detector, samples):
         for file, f in zip(files, features):
-            file.write(f.cpu().contiguous().numpy())  # a full disk is an error; if mapped, a crash
-    device = features[0].device
+            # write() raises an error if the disk is full; a mapped file would crash
+            file.write(f.cpu().contiguous().numpy())
+    device = features[0].device  # as of all batches
     stored = [np.memmap(file, np.float16, "r", shape=(len(samples), *f.shape[1:]))
               for file, f in zip(files, features)]
     for batch in batches:
@@ -667,8 +670,8 @@ def describe_images(cfg, detector, samples):
 
 
 # ---- training ------------------------------------------------------------------------------------
-# The order of things is that of `CNC.forward`. With torchrun several processes train together, each
-# on its share of the images.
+# Which part learns when: see `CNC.forward`. With torchrun several processes train together, each on
+# its share of the images.
 
 def all_tokens(cfg, detector, samples):
     """The tokens of all samples at once, float32 (taps, samples, 1 + N, C)."""
@@ -693,21 +696,21 @@ def train(cfg, detector, samples, checkpoint):
     checkpoint.
 
     Prompts, fusion, experts and decoder learn; the teacher's features are computed without
-    gradients. There is no validation and no best epoch, which only test images could choose: the
-    last step counts.
+    gradients. There is no validation and no choice of a best epoch, which only test images would
+    allow: the last step counts.
     """
     steps = max(1, round(cfg.epochs * len(samples) / cfg.batch_size))
     start, losses = first_step(cfg, checkpoint, steps)
     if start == steps:  # trained already
         return checkpoint
     if start == 0:  # with torchrun in every process, from the same images
-        chosen = samples[::math.ceil(len(samples) / 128)]  # enough: each has hundreds of patches
+        chosen = samples[::math.ceil(len(samples) / 128)]  # enough: each has many patches
         if detector.teacher.random:  # this changes the tokens
             detector.teacher.whitening.estimate(all_tokens(cfg, detector, chosen))
         detector.take_statistics(all_tokens(cfg, detector, chosen))
 
-    learners = [p for p in detector.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(learners, cfg.lr, fused=True)  # [paper]
+    # [paper]; the teacher's parameters have no gradients
+    optimizer = torch.optim.Adam(detector.parameters(), cfg.lr, fused=True)
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
     # Under torchrun the gradient is the mean over all processes. After the warm-up the prompts have
@@ -778,8 +781,8 @@ def run(argv):
     detector = build(cfg, checkpoint)
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     if cfg.command == "train":
-        kept, held = hold_out(cfg, normal, checkpoint)
-        samples = [normal[i] for i in kept]
+        used, held = hold_out(cfg, normal, checkpoint)
+        samples = [normal[i] for i in used]
         checkpoint = train(cfg, detector, samples, checkpoint)
         if RANK > 0:  # of torchrun's processes only the first evaluates and writes
             return
@@ -815,8 +818,8 @@ def report_text(cfg, detector, samples):
 
 # Written into checkpoints. Whoever changes what they hold changes this name, too.
 WRITER = "cnc.py 2"
-# The settings of a checkpoint stay as they are, and another value is an error, but for these, by
-# command. (To train with a checkpoint is to --resume.)
+# By command, the settings that may differ from a checkpoint's. (To train with a checkpoint is to
+# --resume.)
 FREE = {"train": "command checkpoint out weights device workers resume data cache epochs lr",
         "eval": "command checkpoint out weights device workers data batch_size",
         "predict": "command checkpoint out weights device workers paths batch_size"}
@@ -845,7 +848,7 @@ def load_clip(cfg):
         else:
             # Weights that were trained with QuickGELU, x * sigmoid(1.702 x), as OpenAI's were,
             # would run with plain GELU and be a little wrong in every block. For a tag open_clip
-            # warns, and we stop; of a file nobody knows.
+            # warns, and we stop; for a file it cannot tell.
             with warnings.catch_warnings():
                 warnings.filterwarnings("error", "QuickGELU mismatch")
                 # open_clip knows itself whether these weights are a tag or a file. pretrained_text
@@ -860,7 +863,7 @@ def load_clip(cfg):
         return clip, tokenizer
     except Exception as e:  # a failed download, a broken file, an unknown name: many kinds
         raise UserError(f"--teacher {name} --weights {weights}: {str(e)[:200]}; give tiny or a "
-                        "plain ViT of open_clip's, as ViT-B-16-quickgelu, and a tag of its "
+                        "plain ViT of open_clip's, such as ViT-B-16-quickgelu, and a tag of its "
                         "weights, a file of them in float32, or none")
 
 
@@ -896,7 +899,7 @@ class Whitening(nn.Module):
 
     def estimate(self, tokens):
         """Take mean and covariance from tokens of training images (taps, images, 1 + N, C) as
-        `forward` gives them before this, when mean is 0 and matrix 1."""
+        `forward` gives them with mean 0 and matrix 1."""
         self.mean = tokens.mean((1, 2), keepdim=True)
         # With the covariance V L V^T of a tap this is V (L / l_max + 1/1000)^(-1/2) V^T: directions
         # with less than a thousandth of the largest variance count as noise, which stays small.
@@ -916,7 +919,7 @@ def first_step(cfg, checkpoint, steps):
     done = checkpoint["step"]
     print(f"--resume: seed {cfg.seed}, step {done} of {steps}", file=sys.stderr)
     if done > steps:
-        raise UserError("--resume: trained for longer already; give more of them")
+        raise UserError("--resume: trained for longer already; give a larger --iters or --epochs")
     return done, checkpoint["losses"]
 
 
@@ -931,7 +934,7 @@ def save_checkpoint(cfg, detector, checkpoint):
     not finite, and if the file cannot be written. A checkpoint is a dict of tensors and the like:
 
         writer, config     who wrote it, with which settings
-        weights            a state_dict for each part of the detector, without a trained teacher
+        weights            a state_dict for each part of the detector, but for a trained teacher
         fingerprint        of the teacher
         images             class and file name of each image that it was trained on
         step, optimizer    to go on from
@@ -1023,8 +1026,8 @@ class Sample:
 
 
 def files_in(folder, pattern):
-    """The files that match, in name order, without hidden ones. A * follows links to folders, and
-    ** does not."""
+    """The files that match, in name order, without hidden ones. In a pattern * follows links to
+    folders, and ** does not."""
     return [path for path in sorted(folder.glob(pattern))
             if path.is_file() and "/." not in f"/{path.relative_to(folder).as_posix()}"]
 
@@ -1056,7 +1059,7 @@ def read_dataset(root, training=True):
     print(f"{root}: {len(train)} training and {len(test)} test images, "
           f"{sum(s.label for s in test)} of them defective, {len(masks)} masks; "
           f"{len(unused)} files not used", *unused[:1], file=sys.stderr)
-    for path in unused:  # else the metrics of pixels would be missing, and nobody would notice
+    for path in unused:  # else a misplaced mask would be ignored, and nobody would notice
         if "ground_truth" in path.relative_to(root).parts and is_image(path):
             raise UserError(f"{path}: not the mask of a test image; see data/README.md")
     return train, test
@@ -1149,7 +1152,7 @@ def open_image(path):
     if several or image.mode in ("I", "F"):
         raise UserError(f"{path}: several frames, or 32 bits a pixel; save one image of 8 bits")
 
-    if image.mode.startswith("I;16"):  # convert() would clip it; small numbers stay above 0
+    if image.mode.startswith("I;16"):  # convert() would clip; ceil keeps small numbers
         image = Image.fromarray(np.ceil(np.asarray(image) / 257).astype(np.uint8))
     if image.has_transparency_data:
         black = Image.new("RGBA", image.size, "black")
@@ -1410,10 +1413,10 @@ HERE = Path(__file__).resolve().parent
 # torchrun says which of its processes this is, and of how many. Clusters set the same variables for
 # other purposes, so they count only under torchrun.
 UNDER_TORCHRUN = distributed.is_torchelastic_launched()
-place = os.environ if UNDER_TORCHRUN else {}
-RANK = int(place.get("RANK", 0))
-LOCAL_RANK = int(place.get("LOCAL_RANK", 0))  # of the processes on this machine
-WORLD_SIZE = int(place.get("WORLD_SIZE", 1))
+ENVIRONMENT = os.environ if UNDER_TORCHRUN else {}
+RANK = int(ENVIRONMENT.get("RANK", 0))
+LOCAL_RANK = int(ENVIRONMENT.get("LOCAL_RANK", 0))  # of the processes on this machine
+WORLD_SIZE = int(ENVIRONMENT.get("WORLD_SIZE", 1))
 
 
 def read_command_line(argv):
@@ -1453,6 +1456,8 @@ def check_settings(cfg):
         raise UserError("--checkpoint: is for eval, predict and --resume")
     if UNDER_TORCHRUN and (cfg.command != "train" or cfg.batch_size % WORLD_SIZE):
         raise UserError(f"torchrun: is for training, --batch-size a multiple of {WORLD_SIZE}")
+    if not 0 <= cfg.holdout < 1:
+        raise UserError("--holdout: give 0 or more, but less than 1")
     check_method(cfg)
 
 

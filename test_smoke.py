@@ -1059,17 +1059,17 @@ def test_a_training_that_diverges_keeps_its_last_checkpoint(later, code, says, d
 
 
 def test_threshold_comes_from_images_kept_back(data, trained, capsys):
-    """It is the 297th of 299 scores; of few, as of the four here, the largest, which is told. With
+    """It is the 297th of 299 scores; of few, as of the four here, the largest. With
     --holdout 0 all images serve for both."""
     assert cada.conformal_threshold(torch.arange(100.0)) == 99
     assert cada.conformal_threshold(torch.arange(299.0)) == 296
     checkpoint = checkpoint_of(trained[cnc].out)
     cfg = cnc.Config(**checkpoint["config"])
     normal, _ = cnc.read_dataset(data)
-    kept, held = cnc.hold_out(cfg, normal, checkpoint)
+    used, held = cnc.hold_out(cfg, normal, checkpoint)
     everything = list(range(20))
-    assert sorted(kept + held) == everything
-    assert "highest score of 4 normal images, which is few" in capsys.readouterr().err
+    assert sorted(used + held) == everything
+    assert "threshold: from 4 normal images" in capsys.readouterr().err
     detector = cnc.build(cfg, checkpoint)
     _, maps = zip(*cnc.describe_images(cfg, detector, normal))
     scores = cnc.image_score(cnc.smooth(torch.cat(maps)))
@@ -1275,6 +1275,8 @@ BAD_COMMAND_LINES = [  # (script, command line, what the message must say)
     (cada, "predict --checkpoint {cada}", "name images after predict"),
     (cada, "{train} --image-size 100", "--image-size: give a multiple of 32"),
     (cada, "{train} --checkpoint {cada}", "--checkpoint"),
+    (cada, "{train} --iters 0", "--iters: give at least 1"),
+    (cada, "{train} --holdout 1", "--holdout: give 0 or more"),
     (cada, "{train} --data nowhere", "nowhere: no such folder"),
     (cada, "{train} --teacher vgg16", "--teacher vgg16"),
     (cada, "{train} --weights IMAGENET1K_V9", "--weights IMAGENET1K_V9"),
