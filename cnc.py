@@ -607,8 +607,8 @@ def hold_out(cfg, samples, checkpoint):
         used, held = train_test_split(used, test_size=cfg.holdout, random_state=cfg.seed)
     if checkpoint and checkpoint["images"] != [samples[i].name for i in used]:
         raise UserError(f"--data {cfg.data}: not the images of the checkpoint; give its --data")
-    print(f"threshold: from {len(held)} normal images; a good one takes 99 or more, which are kept "
-          "back", file=sys.stderr)
+    print(f"threshold: from {len(held)} normal images; it takes 99 that are kept back to flag no "
+          "more than 1 % of good images", file=sys.stderr)
     return used, held
 
 
@@ -817,7 +817,7 @@ def report_text(cfg, detector, samples):
 
 
 # Written into checkpoints. Whoever changes what they hold changes this name, too.
-WRITER = "cnc.py 2"
+WRITER = "cnc.py (format 2)"
 # By command, the settings that may differ from a checkpoint's. (To train with a checkpoint is to
 # --resume.)
 FREE = {"train": "command checkpoint out weights device workers resume data cache epochs lr",
@@ -964,8 +964,9 @@ def save_checkpoint(cfg, detector, checkpoint):
     finally:
         unfinished.unlink(missing_ok=True)
     step = content["step"]
-    told = content["thresholds"] or "--resume would go on from here"
-    tqdm.write(f"{path}: step {step}, loss {content['losses'][step]:.4f}; {told}", sys.stderr)
+    told = content["thresholds"] or "none yet; --resume would go on from here"
+    tqdm.write(f"{path}: step {step}, loss {content['losses'][step]:.4f}, thresholds {told}",
+               sys.stderr)
 
 
 def read_checkpoint(path, writer):
@@ -1147,7 +1148,7 @@ def open_image(path):
             frames = getattr(file, "n_frames", 1)
             image = ImageOps.exif_transpose(file)
     except Exception as e:  # Pillow's readers raise many kinds for a broken file
-        raise UserError(f"cannot read image {path}: {e}; repair, convert or remove it")
+        raise UserError(f"cannot read image {path}: {e}; mend path or file, or leave it out")
     several = frames > 1 and file.format != "MPO"  # a phone's MPO is one photograph
     if several or image.mode in ("I", "F"):
         raise UserError(f"{path}: several frames, or 32 bits a pixel; save one image of 8 bits")
@@ -1488,7 +1489,7 @@ def main(argv=None):
         run(argv)
         return 0
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("interrupted; --resume goes on, if a checkpoint was written", file=sys.stderr)
         return 130
     except (UserError, OSError) as e:  # a missing or unwritable file's own message names it
         # A DataLoader's worker sends its traceback; the message is the end of it.
