@@ -1373,9 +1373,7 @@ def overlay(image, amap, threshold):
     heat = (amap / threshold - 0.5).clamp(0, 1).numpy()
     colours = colormaps["inferno"](heat, alpha=0.8 * heat, bytes=True)  # (S, S, 4)
     layer = Image.fromarray(colours).resize(image.size)
-    image = image.copy()
-    image.paste(layer, mask=layer)
-    return image
+    return Image.composite(layer, image, layer)  # the map's transparency is the mask
 
 
 def images_to_score(cfg):
