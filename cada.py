@@ -532,8 +532,7 @@ def image_score(maps):
 def conformal_threshold(scores, quantile=0.99):
     """The ceil((n + 1) quantile)-th smallest of the scores (n,) of normal images, or the largest if
     n is below that. [ours] D9 A new normal image like these lies above it with a probability of at
-    most 1 - quantile, if n is large enough (99 for 0.99) and nothing has learned from these n. (In
-    cada.py CADA has learned from them, which weakens the promise a little.)"""
+    most 1 - quantile, if n is large enough (99 for 0.99) and nothing has learned from these n."""
     n = len(scores)
     rank = min(math.ceil((n + 1) * quantile), n)  # the + 1 counts the new image among the n
     return scores.kthvalue(rank).values.item()
@@ -621,19 +620,6 @@ def describe_images(cfg, detector, samples):
 # ---- training ------------------------------------------------------------------------------------
 # First the detector, then CADA on the detector as it is. With torchrun several processes train
 # together, each on its share of the images.
-
-def build(cfg, checkpoint):
-    """The detector on its device, with the weights of a checkpoint if there is one."""
-    if cfg.cnc:
-        return build_cnc(cfg, checkpoint)
-    torch.manual_seed(cfg.seed)  # for the student's weights; the teacher draws apart
-    detector = RevDist(cfg)
-    if checkpoint:
-        load_weights(detector, checkpoint)
-    if detector.teacher.random:
-        print("teacher: RANDOM weights; its numbers are not the paper's", file=sys.stderr)
-    return detector.to(choose_device(cfg.device), memory_format=torch.channels_last)
-
 
 def train(cfg, detector, samples, checkpoint):
     """Train on normal images, from where the checkpoint stopped if there is one. Returns the new
@@ -786,8 +772,9 @@ def run(argv):
 
 
 # ---- Appendix ------------------------------------------------------------------------------------
-# First what only this script needs: rules for its settings, ResNets from their library, a random
-# teacher's statistics, a picture of all scores, and CADA on a CNC. Then what any such script needs.
+# First what only this script needs: rules for its settings, the detector as it is at the start or
+# in a checkpoint, ResNets from their library, a random teacher's statistics, a picture of all
+# scores, and CADA on a CNC. Then what any such script needs.
 
 # Written into checkpoints. Whoever changes what they hold changes this name, too.
 WRITER = "cada.py (format 2)"
@@ -805,6 +792,19 @@ def check_method(cfg):
         raise UserError("--iters: give at least 1")
     if cfg.image_size % 32 and not cfg.cnc:
         raise UserError("--image-size: give a multiple of 32, such as 256")
+
+
+def build(cfg, checkpoint):
+    """The detector on its device, with the weights of a checkpoint if there is one."""
+    if cfg.cnc:
+        return build_cnc(cfg, checkpoint)
+    torch.manual_seed(cfg.seed)  # for the student's weights; the teacher draws apart
+    detector = RevDist(cfg)
+    if checkpoint:
+        load_weights(detector, checkpoint)
+    if detector.teacher.random:
+        print("teacher: RANDOM weights; its numbers are not the paper's", file=sys.stderr)
+    return detector.to(choose_device(cfg.device), memory_format=torch.channels_last)
 
 
 def load_resnet(name, weights, seed):
@@ -1473,9 +1473,7 @@ def main(argv=None):
         print("interrupted; --resume goes on, if a checkpoint was written", file=sys.stderr)
         return 130
     except (UserError, OSError) as e:  # a missing or unwritable file's own message names it
-        # A DataLoader's worker sends its traceback; the message is the end of it.
-        error = str(e).rsplit("UserError: ", 1)[-1]
-        print(f"{Path(__file__).name}: error:", *error.split(), file=sys.stderr)  # in one line
+        print(f"{Path(__file__).name}: error:", *str(e).split(), file=sys.stderr)  # in one line
         return 2
 
 

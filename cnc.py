@@ -60,11 +60,9 @@ banners stand in cada.py letter for letter.
     python cnc.py                                      train and evaluate; without data/mvtec and
                                                        data/visa on the small set in data/demo
     python cnc.py --data DIR                           on MVTec AD, VisA, or a tree of your own
-    python cnc.py --no-fnp --no-constraint             text has no effect
     python cnc.py eval --checkpoint FILE               the same numbers again
     python cnc.py predict PATH ... --checkpoint FILE   score images, write heat maps
     torchrun --nproc-per-node=N cnc.py ...             train on N GPUs
-    python cada.py --cnc FILE                          one threshold for all classes (cada.py)
 """
 import csv
 import json
@@ -335,7 +333,7 @@ class Student(nn.Module):
         self.blocks = nn.ModuleList()
         for _ in range(TAPS):
             self.blocks.append(nn.TransformerEncoderLayer(
-                dim, nhead=max(1, dim // 64), dim_feedforward=4 * dim, dropout=0.0,
+                dim, nhead=dim // 64, dim_feedforward=4 * dim, dropout=0.0,
                 activation="gelu", batch_first=True, norm_first=True))
 
     def forward(self, tokens):
@@ -583,8 +581,7 @@ def image_score(maps):
 def conformal_threshold(scores, quantile=0.99):
     """The ceil((n + 1) quantile)-th smallest of the scores (n,) of normal images, or the largest if
     n is below that. [ours] D9 A new normal image like these lies above it with a probability of at
-    most 1 - quantile, if n is large enough (99 for 0.99) and nothing has learned from these n. (In
-    cada.py CADA has learned from them, which weakens the promise a little.)"""
+    most 1 - quantile, if n is large enough (99 for 0.99) and nothing has learned from these n."""
     n = len(scores)
     rank = min(math.ceil((n + 1) * quantile), n)  # the + 1 counts the new image among the n
     return scores.kthvalue(rank).values.item()
@@ -677,18 +674,6 @@ def all_tokens(cfg, detector, samples):
     """The tokens of all samples at once, float32 (taps, samples, 1 + N, C)."""
     batches = [torch.stack(features) for features in image_features(cfg, detector, samples)]
     return torch.cat(batches, dim=1).float()
-
-
-def build(cfg, checkpoint):
-    """The detector on its device, with the weights of a checkpoint if there is one."""
-    torch.manual_seed(cfg.seed)  # for the student's weights; the teacher draws apart
-    detector = CNC(cfg)
-    if checkpoint:
-        load_weights(detector, checkpoint)
-    if detector.teacher.random:
-        print("teacher: RANDOM weights, so that text means nothing to it; the numbers are not the "
-              "paper's", file=sys.stderr)
-    return detector.to(choose_device(cfg.device))
 
 
 def train(cfg, detector, samples, checkpoint):
@@ -793,8 +778,9 @@ def run(argv):
 
 
 # ---- Appendix ------------------------------------------------------------------------------------
-# First what only this script needs: what the text knows, rules for settings, CLIP from its library,
-# and a random one that needs no download. Then what any such script needs.
+# First what only this script needs: what the text knows, rules for settings, the detector as it is
+# at the start or in a checkpoint, CLIP from its library, and a random one that needs no download.
+# Then what any such script needs.
 
 @torch.no_grad()
 def report_text(cfg, detector, samples):
@@ -804,11 +790,9 @@ def report_text(cfg, detector, samples):
     background (arXiv:2304.05653)."""
     e = detector.patches(all_tokens(cfg, detector, samples))
     margins = margin(e, detector.text()).cpu()  # (taps, N, patches)
-    masks = torch.from_numpy(load_masks(samples, detector.size)).float()
-    # A patch is defective if a part of it is.
-    defective = F.max_pool2d(masks, detector.size // detector.teacher.grid)
+    defective = load_masks(samples, detector.teacher.grid)  # a patch, if its centre is
     if not defective.any():
-        defective = torch.tensor([s.label for s in samples]).float()
+        defective = np.array([s.label for s in samples])
         margins = margins.amin(2)
     if 0 < defective.mean() < 1:
         found = [f"{100 * roc_auc_score(defective.ravel(), -m.ravel()):.1f}" for m in margins]
@@ -831,6 +815,18 @@ def check_method(cfg):
         raise UserError("--top-k: give a number from 1 to --experts")
     if cfg.constraint and cfg.theta >= cfg.epochs:
         raise UserError("--theta: give less than --epochs, or the decoder is never guided")
+
+
+def build(cfg, checkpoint):
+    """The detector on its device, with the weights of a checkpoint if there is one."""
+    torch.manual_seed(cfg.seed)  # for the student's weights; the teacher draws apart
+    detector = CNC(cfg)
+    if checkpoint:
+        load_weights(detector, checkpoint)
+    if detector.teacher.random:
+        print("teacher: RANDOM weights, so that text means nothing to it; the numbers are not the "
+              "paper's", file=sys.stderr)
+    return detector.to(choose_device(cfg.device))
 
 
 def load_clip(cfg):
@@ -1490,9 +1486,7 @@ def main(argv=None):
         print("interrupted; --resume goes on, if a checkpoint was written", file=sys.stderr)
         return 130
     except (UserError, OSError) as e:  # a missing or unwritable file's own message names it
-        # A DataLoader's worker sends its traceback; the message is the end of it.
-        error = str(e).rsplit("UserError: ", 1)[-1]
-        print(f"{Path(__file__).name}: error:", *error.split(), file=sys.stderr)  # in one line
+        print(f"{Path(__file__).name}: error:", *str(e).split(), file=sys.stderr)  # in one line
         return 2
 
 
