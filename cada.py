@@ -297,9 +297,10 @@ class RevDist(nn.Module):
         return encoded, [d.float() for d in decoded]
 
     def forward(self, features):
-        """The loss: the sum over three layers of 1 - cosine, a scalar in 0..3.
+        """The loss: the sum over three layers of 1 - cosine, a scalar in 0..3. (Both e and d come
+        out of a ReLU, so the cosine is in 0..1.)
 
-        The cosine is that of whole layers, flattened to one vector an image [author], so positions
+        A whole layer is flattened to one vector an image before the cosine [author], so positions
         with large features count for more. In the anomaly map all positions count alike. (A loss by
         positions gave the same results within the spread of seeds.)
         """
@@ -332,9 +333,9 @@ class RevDist(nn.Module):
 
 
 # ---- CADA, after the paper -----------------------------------------------------------------------
-# A regression predicts u and gamma from the image [paper]; the map is aligned by them [author], in
-# `evaluation_batch` of ReContrast's utils.py, where the two numbers are a third output of the model
-# itself; no class label is used [paper]. Nothing here knows of RevDist.
+# A regression predicts u and gamma from the image [paper]; the map is aligned by them [author]; no
+# class label is used [paper]. The alignment stands in `evaluation_batch` of ReContrast's utils.py,
+# where the model itself returns both numbers, as its third output. Nothing here knows of RevDist.
 
 def map_statistics(maps):
     """(N, H, W) -> (N, 2): u, the mean, and gamma, the maximum, of each single map. [ours] D5
@@ -386,7 +387,8 @@ def align(maps, u, gamma):
     """A' = (A - u) / (gamma - u), image by image: (N, H, W), (N,), (N,) -> (N, H, W). [author]
 
     0 is the mean of normal maps of the class and 1 their typical maximum, whatever the class is.
-    So about half of normal maps exceed 1 before the blur, and fewer after it.
+    That holds for training images: 46 % of their maps exceed 1 in the demo. The detector does not
+    know other good images as well: 84 % of theirs do. Hence a threshold from images kept back.
     """
     u = u[:, None, None]
     gamma = gamma[:, None, None]
@@ -400,14 +402,15 @@ def align(maps, u, gamma):
 # prediction nearer to another level. (Who reads for the paper alone can go on at "score".)
 #
 # The regression learns in rounds. In the first its targets are the images' own statistics; after
-# it they are the medians of the levels, which pulls the images of a level together. Pooled I-AUROC
-# after one round (the regression alone), two and five: 59.8, 63.6, 68.8 on ELPV (photographs; we
-# scaled the maps of its two classes apart), 65.9, 71.2, 70.6 in the README's "CADA on your own
-# detector".
+# it they are the medians of the levels, which pulls the images of a level together. Pooled I-AUROC:
+#
+#                                                 regression alone   2 rounds   5 rounds
+#     ELPV, its two classes scaled apart by us          59.8           63.6       68.8
+#     README, "CADA on your own detector"               65.9           71.2       70.6
 
 # These were chosen by trial, on a few small sets, by their test labels (see the README). [ours] D6
 ROUNDS = 5  # of regressions
-WITHIN = 0.5**2  # levels merge while images lie half an error, rms, from their mean (find_levels)
+WITHIN = 0.5**2  # levels merge while images lie at most half an error (rms) from their level's mean
 LEAST_ERROR = 0.01  # a smaller error, of a logarithm, counts as this one: 1 % is good enough
 COMPONENTS = 256  # principal components of the directions that the regression reads [ours] D5
 MOST_IMAGES = 4000  # that CADA learns from; Ward's method stores the distance of every pair
@@ -418,8 +421,8 @@ def find_levels(unseen, y):
 
     unseen: its predictions (N, 2); y: the images' own log_statistics (N, 2). Returns the level of
     each image (N,), numbers from 0 on, and the error (2,), the standard deviation of y - unseen,
-    which is the unit of distance here. It is always that of y, not of a later round's targets:
-    these are easier to predict, so the unit would shrink and cut the levels ever finer.
+    which is the unit of distance here. The error is always that of y, not of a later round's
+    targets: these are easier to predict, so the unit would shrink and cut the levels ever finer.
     """
     error = (y - unseen).std(0).clamp(min=LEAST_ERROR)
 
@@ -442,9 +445,9 @@ def medians(values, group):
 
 @dataclass
 class CADA:
-    """Predict (u, gamma), the mean and the maximum of anomaly maps of *normal* images of an image's
-    class [paper], from its frozen features [ours] D4. gamma is the typical maximum of a single map,
-    not the maximum over a class, as we read it [ours] D5."""
+    """Predict from an image's frozen features [ours] D4 the numbers (u, gamma): mean and maximum of
+    the anomaly maps of *normal* images of its class [paper]. gamma is the typical maximum of a
+    single map, not the maximum over a class, as we read it [ours] D5."""
 
     mean: Tensor  # (F,) of the training images' pooled features
     std: Tensor  # (F,) their standard deviation; infinite for a channel that says nothing
@@ -565,7 +568,7 @@ def shuffled_batches(cfg, n, steps):
     from the settings and the number of processes, so a resumed run goes on with the same ones."""
     size = cfg.batch_size // WORLD_SIZE  # WORLD_SIZE: the number of torchrun's processes, or 1
     # Each process (RANK says which) draws an order of its own. In one order for all, the i-th
-    # images of the shares samples[RANK::WORLD_SIZE] would meet, neighbours and often of one class.
+    # images of the shares samples[RANK::WORLD_SIZE] would meet in a batch, often of one class.
     generator = torch.Generator().manual_seed(cfg.seed + RANK)
     epochs = math.ceil(steps * size / n)  # a batch may reach into the next epoch
     order = torch.cat([torch.randperm(n, generator=generator) for _ in range(epochs)])
@@ -778,8 +781,8 @@ def run(argv):
 
 # Written into checkpoints. Whoever changes what they hold changes this name, too.
 WRITER = "cada.py (format 2)"
-# By command, the settings that may differ from a checkpoint's. (To train with a checkpoint is to
-# --resume; "cnc" is to train with --cnc.)
+# By command, the settings that may differ from a checkpoint's. "train" is for --resume, the only
+# training that reads a checkpoint, and "cnc" for --cnc.
 FREE = {"train": "command checkpoint out weights device workers resume data cache iters lr",
         "eval": "command checkpoint out weights device workers data batch_size",
         "predict": "command checkpoint out weights device workers paths batch_size",
@@ -871,7 +874,7 @@ def adopt_cnc(cfg, argv):
 
     names = ("teacher", "weights", "image_size", "batch_size", "lr", "seed", "holdout")
     adopted = {name: checkpoint["cnc"][name] for name in names}
-    defaults = Config(cnc=cfg.cnc, data=cfg.data, out="runs/cada-on-cnc",
+    defaults = Config(cnc=cfg.cnc, data=cfg.data, workers=cfg.workers, out="runs/cada-on-cnc",
                       iters=checkpoint["step"], **adopted)
     cfg = tyro.cli(Config, args=argv, default=defaults)
     refuse_changes(cfg, defaults, FREE["cnc"])
@@ -1260,7 +1263,7 @@ def summarise(scores, labels, classes, maps, masks):
 
     pooled: all classes in one ranking, as one threshold sees them (absolute-unified).
     class mean: a ranking per class, then the unweighted mean (model-unified), in which differences
-    in level cost nothing. A class with one kind of images has no such metric, and does not count.
+    in scale cost nothing. A class with one kind of images has no such metric, and does not count.
     """
     def metrics(rows):
         of_images = ranking_metrics("I", scores[rows], labels[rows] == 1)

@@ -16,7 +16,7 @@ sends each patch through 2 of 5 experts, so that patches of different kinds dist
 How text helps, as we read it. CLIP has a joint space of images and texts. There t_n is the vector
 of the normal prompt, t_a that of the abnormal one, v that of a patch. The *margin* <v, t_n - t_a>
 says how much nearer the patch is to t_n than to t_a. With psi = sigmoid(margin / its standard
-deviation) the *promotion* changes a patch e and its decoded version d [ours] D15:
+deviation) the *promotion* changes a patch's vector e and the decoded one, d [ours] D15:
 
     e* = e + psi (t_n - t_a),    d* = d + psi (t_n - t_a).
 
@@ -27,13 +27,13 @@ less. The *constraint* moves decoded patches towards t_n, if their margin is unu
       |                                                     |
     Teacher, frozen CLIP image tower             PromptLearner, frozen CLIP text tower
       |                                                     |
-    e1, e2, e3 (B, 1+N, C), from 3 taps          t_n, t_a (taps, 2, D), unit vectors
+    tokens (B, 1+N, C) of 3 taps                 t_n, t_a (taps, 2, D), unit vectors
       |                                                     |
     Student: fuse -> (B, 1+N, C)                            |
       |      GatedMoE, 2 of 5 experts a token               |
-      |      decode -> d1, d2, d3 (B, 1+N, C)               |
+      |      decode -> the same tokens                      |
       |                                                     |
-    P(e), P(d): CLIP's joint space (B, N, D) <--- constraint, on d: lifts a margin that is more than
+    joint space: e, d (B, N, D) of each tap  <--- constraint, on d: lifts a margin that is more than
       |                                      |    one standard deviation below the average
       |                                      <--- promotion, on e and d: v* = v + psi(e) (t_n - t_a)
     M = mean over taps of 1 - cos(e*, d*) -> (B, S, S) -> blur -> image score (B,)
@@ -134,12 +134,12 @@ class Config:
     lr: float = 1e-3  # Adam learning rate [paper], x 0.2 at 80 % of the steps [ours] D22
     experts: int = 5  # experts of the gated mixture [paper]; 1, with --top-k 1: no mixture
     top_k: int = 2  # experts that each token uses [paper]
-    # epochs of warm-up; the number is [paper]. In them the prompts learn, and the constraint does
-    # not act on the decoder yet, which is [ours] D18
+    # epochs of warm-up, in which the prompts learn, and the constraint does not act on the decoder
+    # yet: the number is [paper], this meaning [ours] D18
     theta: int = 5
     tau: float = 0.001  # temperature of the constraint [paper], role [ours] D17
-    fnp: bool = True  # feature-level normality promotion
-    constraint: bool = True  # guide the decoded features towards normal text
+    fnp: bool = True  # feature-level normality promotion [paper], form [ours] D15
+    constraint: bool = True  # cross-modal normality constraint [paper], form [ours] D17
 
     # train (and evaluate), evaluate a checkpoint, or predict: score images of unknown label
     command: Positional[Literal["train", "eval", "predict"]] = "train"
@@ -204,7 +204,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, x):
-        # open_clip's own way to intermediate blocks; it counts them from 0, and stops at the last.
+        # open_clip's own way to blocks; it counts them from 0, and here stops at the last tap.
         with half_precision(x, torch.float16):
             found = self.clip.visual.forward_intermediates(
                 x, indices=[tap - 1 for tap in self.taps], stop_early=True,
@@ -380,7 +380,7 @@ class NormalStatistics(nn.Module):
     """What the tokens of normal images have in common, tap by tap: taken once from training images,
     before the training, and fixed from then on. [ours] D21
 
-    The vectors of a trained CLIP share a large mean (arXiv:2411.14517), and perhaps its tokens do;
+    The vectors of a trained CLIP share a large mean (arXiv:2411.14517), perhaps its tokens, too;
     a few channels may be huge in all tokens. Then the cosine of any two is near 1, a decoder that
     always gives the same answer is nearly right, and a margin says nothing. So the student reads
     and answers *standardised* tokens, and patches are *centred* in the joint space: without the
@@ -395,14 +395,14 @@ class NormalStatistics(nn.Module):
         self.register_buffer("std", torch.ones(TAPS, 1, 1, width))
         self.register_buffer("centre", torch.zeros(TAPS, 1, 1, joint_width))  # mean of P(e)
         self.register_buffer("shrink", torch.eye(joint_width).repeat(TAPS, 1, 1, 1))
-        # Standard deviation of the margins of patches, with the prompts as they start, because what
-        # a margin of 0.05 means differs between taps and CLIPs. (Centred, their mean is nearly 0.)
+        # What a margin of 0.05 means differs between taps and CLIPs. This is the unit: the standard
+        # deviation over patches, by the prompts before any learning. (Their mean is nearly 0.)
         self.register_buffer("margin_std", torch.ones(TAPS, 1, 1))
 
 
 def spectrum(tokens):
-    """Of vectors (taps, images, N, C), tap by tap, the eigenvalues (taps, C) and the eigenvectors
-    (taps, C, C) of their covariance matrix V L V^T."""
+    """Eigenvalues (taps, C) and eigenvectors V (taps, C, C) of the covariance matrix V L V^T of
+    vectors (taps, images, N, C), tap by tap."""
     return torch.linalg.eigh(torch.stack([t.T.cov() for t in tokens.flatten(1, 2)]))
 
 
@@ -505,8 +505,8 @@ class CNC(nn.Module):
         return -self.cfg.tau * logits.log_softmax(dim=-1)[..., 0].mean()
 
     def prompt_loss(self, e, text):
-        """What the prompts learn from encoded normal patches: to lift every margin that is below 0,
-        the average. |text - start|^2, the distance of t_n and t_a to their start, holds them back:
+        """What the prompts learn from encoded normal patches: to lift every margin below 0, which
+        is the average. The squared distance |text - start|^2 holds t_n and t_a near their start:
         else t_a would move away from all normal patches and lose its meaning. [ours] D13"""
         drift = (text - self.prompts.start).square().sum((1, 2)).mean()
         return self.constraint(e, text, slack=0.0) + drift
@@ -614,7 +614,7 @@ def shuffled_batches(cfg, n, steps):
     from the settings and the number of processes, so a resumed run goes on with the same ones."""
     size = cfg.batch_size // WORLD_SIZE  # WORLD_SIZE: the number of torchrun's processes, or 1
     # Each process (RANK says which) draws an order of its own. In one order for all, the i-th
-    # images of the shares samples[RANK::WORLD_SIZE] would meet, neighbours and often of one class.
+    # images of the shares samples[RANK::WORLD_SIZE] would meet in a batch, often of one class.
     generator = torch.Generator().manual_seed(cfg.seed + RANK)
     epochs = math.ceil(steps * size / n)  # a batch may reach into the next epoch
     order = torch.cat([torch.randperm(n, generator=generator) for _ in range(epochs)])
@@ -716,7 +716,7 @@ def train(cfg, detector, samples, checkpoint):
         optimizer.param_groups[0]["lr"] = cfg.lr * (0.2 if step > 0.8 * steps else 1)
         torch.manual_seed(cfg.seed + WORLD_SIZE * step + RANK)  # dropout as in an unbroken run
 
-        epoch = (step - 1) * cfg.batch_size / len(samples)  # a batch may reach into the next one
+        epoch = (step - 1) * cfg.batch_size / len(samples)  # a batch may reach into the next
         loss = model(features, warm_up=epoch < cfg.theta)
         optimizer.zero_grad()
         loss.backward()
@@ -802,8 +802,8 @@ def report_text(cfg, detector, samples):
 
 # Written into checkpoints. Whoever changes what they hold changes this name, too.
 WRITER = "cnc.py (format 2)"
-# By command, the settings that may differ from a checkpoint's. (To train with a checkpoint is to
-# --resume.)
+# By command, the settings that may differ from a checkpoint's. "train" is for --resume, the only
+# training that reads a checkpoint.
 FREE = {"train": "command checkpoint out weights device workers resume data cache epochs lr",
         "eval": "command checkpoint out weights device workers data batch_size",
         "predict": "command checkpoint out weights device workers paths batch_size"}
@@ -1273,7 +1273,7 @@ def summarise(scores, labels, classes, maps, masks):
 
     pooled: all classes in one ranking, as one threshold sees them (absolute-unified).
     class mean: a ranking per class, then the unweighted mean (model-unified), in which differences
-    in level cost nothing. A class with one kind of images has no such metric, and does not count.
+    in scale cost nothing. A class with one kind of images has no such metric, and does not count.
     """
     def metrics(rows):
         of_images = ranking_metrics("I", scores[rows], labels[rows] == 1)
