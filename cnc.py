@@ -449,8 +449,7 @@ class CNC(nn.Module):
         normal.centre = joint.mean((1, 2), keepdim=True)
         values, vectors = spectrum(joint)
         excess = (values / values.mean(1, keepdim=True) / 8).clamp(min=1)  # (taps, D)
-        shrink = (vectors * excess.rsqrt()[:, None]) @ vectors.mT  # (taps, D, D)
-        normal.shrink = shrink[:, None]
+        normal.shrink[:, 0] = (vectors * excess.rsqrt()[:, None]) @ vectors.mT  # (taps, D, D)
 
         margins = margin(self.patches(tokens), self.text())
         normal.margin_std = margins.std((1, 2), keepdim=True) + 1e-6
