@@ -1277,7 +1277,7 @@ BAD_COMMAND_LINES = [  # (script, command line, what the message must say)
     (cada, "{train} --iters 0", "--iters: give at least 1"),
     (cada, "{train} --holdout 1", "--holdout: give 0 or more"),
     (cada, "{train} --data nowhere", "nowhere: no such folder"),
-    (cada, "{train} --teacher vgg16", "--teacher vgg16"),
+    (cada, "{train} --teacher squeezenet1_0", "--teacher squeezenet1_0"),
     (cada, "{train} --weights IMAGENET1K_V9", "--weights IMAGENET1K_V9"),
     (cada, "{train} --weights {malicious}", "malicious.pt"),
     (cada, "{train} --cnc {cada}", "no checkpoint of cnc.py"),
@@ -1289,7 +1289,6 @@ BAD_COMMAND_LINES = [  # (script, command line, what the message must say)
     (cada, "eval --checkpoint {cada} --iters 5", "--iters: the checkpoint has 2"),
     (cada, "predict {other} --checkpoint {cada} --no-cache", "--cache: the checkpoint has True"),
     (cada, "--resume --checkpoint {cada} --seed 1", "--seed: the checkpoint"),
-    (cada, "--resume --checkpoint {cada} --holdout 0.3", "--holdout: the checkpoint"),
     (cada, "--resume --checkpoint {cada} --batch-size 3", "--batch-size: the checkpoint"),
     (cada, "--resume --checkpoint {cada} --iters 1 --data {data}", "trained for longer"),
     (cada, "--cnc {cnc} --data {data} --iters 7", "--iters: the checkpoint has 8"),
@@ -1328,9 +1327,10 @@ def test_bad_command_lines(script, text, says, data, trained, tmp_path, on_meta,
     (tmp_path / "broken.png").write_text("no image")
     (tmp_path / "empty").mkdir()
     torch.save({"script": "cada.py"}, tmp_path / "old.pt")
-    part = checkpoint_of(trained[cada].out)
-    part["weights"]["student"].popitem()
-    torch.save(part, tmp_path / "part.pt")
+    if "{part}" in text:  # large
+        part = checkpoint_of(trained[cada].out)
+        part["weights"]["student"].popitem()
+        torch.save(part, tmp_path / "part.pt")
     places = {path.stem: path for path in tmp_path.iterdir()} | {"tmp": tmp_path}
     (tmp_path / "out").mkdir()
     shutil.copy(trained[cnc].checkpoint, tmp_path / "out/cnc.pt")
