@@ -379,8 +379,10 @@ def fit_regression(x, y):
     ridge.fit(x.numpy(), y.numpy())
     chosen = list(PENALTIES).index(ridge.alpha_)
     # With a `scoring` given, cv_results_ holds leave-one-out predictions, (N, 2, penalties).
-    unseen = ridge.cv_results_[:, :, chosen]
-    return tuple(map(torch.from_numpy, (ridge.coef_.T, ridge.intercept_, unseen)))
+    unseen = torch.from_numpy(ridge.cv_results_[:, :, chosen])
+    weight = torch.from_numpy(ridge.coef_.T)
+    bias = torch.from_numpy(ridge.intercept_)
+    return weight, bias, unseen
 
 
 def align(maps, u, gamma):

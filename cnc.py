@@ -337,7 +337,7 @@ class Student(nn.Module):
                 activation="gelu", batch_first=True, norm_first=True))
 
     def forward(self, tokens):
-        x = self.fuse(torch.cat([*tokens], dim=-1)).float()  # (B, 1 + N, C)
+        x = self.fuse(torch.cat([*tokens], dim=-1))  # (B, 1 + N, C)
         mixed, balance = self.moe(x)
         x = x + mixed  # a residual connection, as mixtures in transformers have it [ours] D14
         decoded = []
@@ -384,7 +384,7 @@ class NormalStatistics(nn.Module):
     a few channels may be huge in all tokens. Then the cosine of any two is near 1, a decoder that
     always gives the same answer is nearly right, and a margin says nothing. So the student reads
     and answers *standardised* tokens, and patches are *centred* in the joint space: without the
-    promotion the loss of a decoder that knows nothing is 1, of one that knows all 0. And no
+    promotion the distance of a decoder that knows nothing is 1, of one that knows all 0. And no
     direction of the joint space may outweigh the others: where the variance of patches is more than
     8 times the average (chosen by trial), it is *shrunk* to that.
     """
@@ -738,14 +738,16 @@ def train(cfg, detector, samples, checkpoint):
 def calibrate(cfg, detector, held_images):
     """Take the threshold from normal images that were kept back from training. Returns what the
     checkpoint keeps of it."""
-    scores = [image_score(smooth(maps)) for _, maps in describe_images(cfg, detector, held_images)]
-    return {"thresholds": {"cnc": conformal_threshold(torch.cat(scores))}}
+    scores = [image_score(smooth(raw)) for _, raw in describe_images(cfg, detector, held_images)]
+    threshold = conformal_threshold(torch.cat(scores))
+    return {"thresholds": {"cnc": threshold}}
 
 
 def evaluate(cfg, detector, test, checkpoint):
     """Report how well the maps tell good from defective test images, and what the text knows."""
     maps = [smooth(raw) for _, raw in describe_images(cfg, detector, test)]
-    report(cfg, test, detector.size, [("cnc", torch.cat(maps))], "cnc", checkpoint)
+    variants = [("cnc", torch.cat(maps))]
+    report(cfg, test, detector.size, variants, "cnc", checkpoint)
     report_text(cfg, detector, test[::math.ceil(len(test) / 128)])  # every k-th image will do
 
 

